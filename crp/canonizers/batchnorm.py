@@ -153,14 +153,14 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         if moved:
             warn(
                 "batch norm is not merged into the layer before it where entries are moved in between, as by flatten: "
-                f"{first_few([*map(repr, moved)], 3)}. Relevance differs from that of a norm that is merged"
+                f"{first_few([*map(repr, moved)], 3)}. But for LRP-0 and ε, relevance differs from that of one that is"
             )
         if plan.functions:
             self.left |= dict.fromkeys(plan.functions, "it is a function, and no module")
             warn(
                 "batch norm is not merged into the layer next to it where it is a function, and no module: "
-                f"{first_few(plan.functions, 3)}. Relevance differs from that of nn.BatchNorm2d, say, which is merged: "
-                "use the module; of an exported model, explain the one that it was made from"
+                f"{first_few(plan.functions, 3)}. But for LRP-0 and ε, relevance differs from that of nn.BatchNorm2d, "
+                "say, which is merged: use the module; of an exported model, explain the one that it was made from"
             )
         for linear, sides in folds.items():
             weight, bias = linear.weight.get(), None if linear.bias is None else linear.bias.get()

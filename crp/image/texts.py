@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,6 +94,13 @@ class TextHeatmap:
             return np.zeros(len(self.words))
         one = float(np.abs(self.relevance).max(initial=0.0)) if self.scale is None else self.scale
         return np.clip(self.relevance / one, -1, 1) if one else np.zeros(len(self.words))
+
+    def scaled_without(self, places: Collection[int] = (0,)) -> TextHeatmap:
+        """The same with the colours of the other tokens: the first one often takes up what no other needs."""
+        if self.relevance is None:
+            return self
+        left = np.delete(np.abs(self.relevance), list(places))
+        return replace(self, scale=float(left.max(initial=0.0)) or None)
 
     def window(self, reach: int = 8, around: int | None = None) -> TextHeatmap:
         """The tokens about one, by default the strongest or the one explained, in the colours of the whole text."""

@@ -27,6 +27,7 @@ from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _steps
 from crp.rules.operation import RESULTS, Operation
 from crp.rules.passing import BEGINNING, _copied, _passed, _remembered
+from crp.rules.recurrent import RECURRENT
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
 
@@ -120,9 +121,12 @@ class SeeingMode(TorchFunctionMode):
         if known.canonical in _DERIVATIVES:
             self._refuse_derivative(known)
         apart = _WRITTEN_OUT.get(known.canonical)
-        if apart is not None and isinstance(args[1] if args[1:] else inputs[0], Tensor) and not self.is_named(known):
+        if apart is not None and not (args[1:] and isinstance(args[1], int | float)) and not self.is_named(known):
             with self:
                 return apart(Tensor.add_ if in_place(func, kwargs) else torch.add, *args, **kwargs)
+        if known.canonical in RECURRENT and not self.is_named(known):
+            with self:
+                return RECURRENT[known.canonical](*args, **kwargs)
         if known.canonical == "einsum" and len(inputs) == 2 and (steps := _steps(*args)) is not None:
             with self:
                 return steps()
@@ -215,7 +219,7 @@ class SeeingMode(TorchFunctionMode):
         if operands is not None:
             layer.inputs = (operands.a,)
             if operands.added is not None:  # (it is added to what the rule returns)
-                layer.function, layer.args, layer.kwargs = operands.run, (operands.a, operands.weight, None), {}
+                layer.function, layer.args, layer.kwargs = operands.run, operands[:3], {}
         layer.nonnegative = self.notes.nonnegative(layer.inputs[0])
         return layer
 

@@ -23,7 +23,7 @@ class Operands(NamedTuple):
         What depends on the model's input.
     weight : Tensor
     bias : Tensor or None
-        What is added, if it is constant.
+        What is added, if it is constant and finite.
     run : callable
         ``run(a, weight, bias)`` is the call with other operands.
     space : int
@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     convolves : bool
         Whether the weight is a kernel of shape (outputs, inputs in a group, *kernel shape), whose outputs sum up ``a``.
     added : Tensor or None
-        What is added, if it depends on the model's input; `run` does not add it.
+        What else is added, which depends on the model's input, or is infinite; `run` does not add it.
     """
 
     a: Tensor
@@ -124,7 +124,11 @@ def _sum_of_product(product: Callable[[Tensor, Tensor], Tensor], *names: str) ->
         weight, scaled = _dense(weight) if alpha == 1 else _dense(weight) * alpha, bias if beta == 1 else bias * beta
         if depends(bias):
             return Operands(a, weight, None, run, added=scaled)
-        return Operands(a, weight, scaled, run)
+        if _is_parameter(bias):
+            return Operands(a, weight, scaled, run)
+        # (a mask of attention: no rule can divide by minus infinity)
+        hides = scaled.isinf()
+        return Operands(a, weight, scaled.masked_fill(hides, 0), run, added=scaled.masked_fill(~hides, 0))
 
     return parse
 
@@ -254,14 +258,6 @@ def _chain(
     return None
 
 
-def _swapped(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
-) -> Operands | None:
-    """``right.__rmatmul__(left)``."""
-    right, left = args
-    return _product(torch.matmul, (left, right), kwargs, depends)
-
-
 _CONVOLUTION, _TRANSPOSED = _layer(slides=True, convolves=True), _layer(slides=True)
 #: By name of the function.
 PARSERS: dict[str, Parse] = {
@@ -272,7 +268,7 @@ PARSERS: dict[str, Parse] = {
     **dict.fromkeys(
         ("matmul", "mm", "bmm", "mv", "dot", "vdot", "grouped_mm", "inner", "tensordot", "sparse_mm"), _product
     ),
-    "rmatmul": _swapped,
+    "rmatmul": lambda _, args, kwargs, depends: _product(torch.matmul, args[::-1], kwargs, depends),
     "addmm": _sum_of_product(torch.matmul, "input", "mat1", "mat2"),
     "baddbmm": _sum_of_product(torch.matmul, "input", "batch1", "batch2"),
     "addmv": _sum_of_product(torch.matmul, "input", "mat", "vec"),

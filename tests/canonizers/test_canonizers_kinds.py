@@ -439,7 +439,7 @@ MOVES = {
 @pytest.mark.parametrize("name", MOVES)
 def test_batch_norm_behind_moved_entries_is_left_with_a_warning(name, untouched):
     model, tokens = ready(Moved(*MOVES[name])).double(), torch.randn(2, 3, 5, dtype=torch.float64)
-    message = r"where entries are moved in between, as by flatten: 'norm'\. Relevance differs"
+    message = r"where entries are moved in between, as by flatten: 'norm'\. But for LRP-0 and ε, relevance"
     with untouched(model), pytest.warns(UserWarning, match=message), Merged(model, tokens) as run:
         assert not run.canonizer.merged
     model.norm.train()  # (where it is not affine, so that it could not be merged either)

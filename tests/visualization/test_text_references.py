@@ -116,6 +116,7 @@ def test_windows_keep_the_colours_of_the_whole_text() -> None:
     assert part.words == tuple("defgh") and part.strongest == 2 and part.explained == 4 and part.special == {2}
     np.testing.assert_allclose(part.strengths, [0, 0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(text.window(2, around=0).strengths, [-0.75, -0.5, -0.25])
+    assert text.scaled_without([7]).scale == 3 and text.scaled_without([7]).strengths[-1] == 1
     assert TextHeatmap(("a",), np.zeros(1)).strengths.tolist() == [0]
     with pytest.raises(ValueError, match="a text of 1 tokens has relevance of shape"):
         TextHeatmap(("a",), np.zeros(2))
