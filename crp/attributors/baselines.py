@@ -53,7 +53,7 @@ def _baselines(given: Baseline, inputs: Inputs) -> Tensors:
 
 
 def _baseline(given: Any, data: Tensor) -> Tensor:
-    if callable(given) and not isinstance(given, Tensor):
+    if callable(given):
         given = given(data)
     given = 0.0 if given is None else given
     if isinstance(given, bool) or not isinstance(given, int | float | np.number | np.ndarray | Tensor | list):
