@@ -335,8 +335,6 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _target(target: Any) -> Target:
-    if isinstance(target, Target):
-        return target
     if target is None:
         return Start(lambda output: output)
     if isinstance(target, np.ndarray):

@@ -78,7 +78,7 @@ def _of_ids(given: Any, data: Tensor, model: nn.Module, layer: str, name: int | 
 
 
 def _baseline(given: Any, data: Tensor) -> Tensor:
-    if callable(given) and not isinstance(given, Tensor):
+    if callable(given):
         given = given(data)
     given = 0.0 if given is None else given
     if isinstance(given, bool) or not isinstance(given, int | float | np.number | np.ndarray | Tensor | list):

@@ -146,8 +146,7 @@ def _attribute(
 
 
 def _explain(attributor: Attributor, inputs: Inputs, target: Target) -> Tensors:
-    relevance = attributor(inputs, target)[1]
-    return (relevance,) if isinstance(relevance, Tensor) else inputs.parts(relevance)
+    return inputs.parts(attributor(inputs, target)[1])
 
 
 def _with_composite(given: Mapping[str, Any]) -> dict[str, Any]:

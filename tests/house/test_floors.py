@@ -46,7 +46,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 396,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3190,
+    "attributors": 3231,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2463,
     "canonizers": 860,
@@ -54,26 +54,26 @@ BUDGETS = {
     "compat": 940,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3951,
+    "composites": 3964,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2051,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6220,
+    "engine": 6260,
     "image": 1490,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
-    "layers": 1470,
+    "layers": 1482,
     "outputs": 391,
-    "metrics": 907,
+    "metrics": 962,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 6923,
+    "rules": 6937,
     # (along which axis the channels of a layer are)
     "trace": 1349,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
-    "visualization": 4871,
+    "visualization": 4870,
     "visualization.mining": 4268,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
