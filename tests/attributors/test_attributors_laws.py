@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import zennit.composites
@@ -110,6 +111,20 @@ def test_a_layer_may_have_the_name_of_the_output():
     model.eval()
     parts = [crp.explain("epsilon", model, x, 1, condition={"y": [i]}) for i in range(6)]
     close(sum(parts), crp.explain("epsilon", model, x, 1))
+
+
+def test_windows_in_numbers_of_numpy():
+    model, x = gap_net(), images()
+    wanted = crp.explain("occlusion", model, x, 1, window_shape=(3, 4, 4), step=(3, 4, 4))
+    window = tuple(np.array([3, 4, 4]))
+    assert torch.equal(crp.explain("occlusion", model, x, 1, window_shape=window, step=window), wanted)
+
+
+def test_noise_of_several_inputs_is_given_as_often():
+    noise = torch.zeros(4, 2, 2, 4, 4), torch.zeros(3, 2, 3)
+    inputs = torch.randn(2, 2, 4, 4).double(), torch.randn(2, 3).double()
+    with pytest.raises(ValueError, match=r"noise is given \[4, 3\] times; as often for each input"):
+        crp.explain("smoothgrad", TwoInputs(), inputs, 1, noise=noise)
 
 
 @pytest.mark.parametrize("name", ["saliency", "intgrad", "epsilon", "occlusion"])
