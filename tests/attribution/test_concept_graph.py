@@ -230,7 +230,7 @@ def test_errors_name_the_culprit(graph, sample, images):
     fails(KeyError, "layer_map has no concept for layer 'layer1.conv1'", sample, composite, 0, "layer1.conv2", target=0)
 
 
-@pytest.mark.parametrize("parent", ["layer2.conv1", "layer1.conv2", "conv1"])
+@pytest.mark.parametrize("parent", ["layer2.conv1", "layer1.conv2", "layer1.conv1", "conv1"])
 def test_parents_are_above(graph, sample, parent):
     """The parent's concept took the place of the concept itself, or masked what nobody looks at."""
     with pytest.raises(InputError, match=f"parent_layer '{parent}' must be a layer that 'layer2.conv1' feeds"):
