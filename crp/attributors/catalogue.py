@@ -146,7 +146,8 @@ def _attribute(
 
 
 def _explain(attributor: Attributor, inputs: Inputs, target: Target) -> Tensors:
-    return inputs.parts(attributor(inputs, target)[1])
+    relevance = attributor(inputs, target)[1]
+    return (relevance,) if isinstance(relevance, Tensor) else inputs.parts(relevance)
 
 
 def _with_composite(given: Mapping[str, Any]) -> dict[str, Any]:

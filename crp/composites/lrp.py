@@ -26,7 +26,7 @@ from crp.rules.functional import GLU, Gate, Gates, Normalization, Quotient
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
-from crp.rules.shared import _ByGrid, _OfSquares, _Proportional, _Refused, _Softmax, _Solved
+from crp.rules.shared import _ByGrid, _OfFactors, _OfSquares, _Proportional, _Refused, _Softmax, _Solved
 from crp.rules.stabilizer import Stabilize
 
 
@@ -73,6 +73,7 @@ def _base(
         (Functions(("var",)), _OfSquares()),
         (Functions(("grid_sample",)), _ByGrid()),
         (Functions(("linalg_solve", "linalg_solve_triangular")), _Solved()),
+        (Functions(("prod",)), _OfFactors()),
         (Functions(("prelu",)), refused),
         *products,
         (Having.of("attention"), refused),

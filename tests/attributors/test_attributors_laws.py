@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import zennit.composites
@@ -112,6 +113,20 @@ def test_a_layer_may_have_the_name_of_the_output():
     close(sum(parts), crp.explain("epsilon", model, x, 1))
 
 
+def test_windows_in_numbers_of_numpy():
+    model, x = gap_net(), images()
+    wanted = crp.explain("occlusion", model, x, 1, window_shape=(3, 4, 4), step=(3, 4, 4))
+    window = tuple(np.array([3, 4, 4]))
+    assert torch.equal(crp.explain("occlusion", model, x, 1, window_shape=window, step=window), wanted)
+
+
+def test_noise_of_several_inputs_is_given_as_often():
+    noise = torch.zeros(4, 2, 2, 4, 4), torch.zeros(3, 2, 3)
+    inputs = torch.randn(2, 2, 4, 4).double(), torch.randn(2, 3).double()
+    with pytest.raises(ValueError, match=r"noise is given \[4, 3\] times; as often for each input"):
+        crp.explain("smoothgrad", TwoInputs(), inputs, 1, noise=noise)
+
+
 @pytest.mark.parametrize("name", ["saliency", "intgrad", "epsilon", "occlusion"])
 def test_an_input_without_effect_has_no_relevance(name):
     class One(TwoInputs):
@@ -163,6 +178,8 @@ def test_relevance_flows_between_concepts_of_ones_own():
         (lambda m, x: make_background("sepia", x), ValueError, "a background must be one of"),
         (lambda m, x: make_background("blur", x, -1.0), ValueError, "sigma must be a number of at least 0"),
         (lambda m, x: make_background(lambda _: None, x), TypeError, "must give a tensor or a number, not a NoneType"),
+        (lambda m, x: IntegratedGradients(m, quadrature=np.array(["left"] * 2)), ValueError, "must be one of 'right'"),
+        (lambda m, x: IntegratedGradients(m, steps=1.5), ValueError, "steps must be a whole number of at least 1"),
         (lambda m, x: crp.explain("intgrad", m, x, 1, baseline=True), TypeError, "a baseline is a number"),
         (lambda m, x: explain("grad_cam", m, x, 1, relu="no"), TypeError, "relu must be"),
         (lambda m, x: explain("grad_cam_pp", m, x, 1, eps=-1.0), ValueError, "eps must be a number of at least 0"),
