@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from crp.attribution import CondAttribution
 from crp.concepts.ids import as_ids
 from crp.errors import InputError
@@ -12,8 +14,8 @@ from crp.visualization.mining.text_batches import Asked
 
 
 def _one_for_each(values: Any, n_samples: int, what: str) -> list[int]:
-    """Classes that a user gives, which must be one for each sample."""
-    classes = as_ids(values, what=what)
+    """Classes that a user gives: a number for all samples, or one for each."""
+    classes = as_ids(values, what=what) * (n_samples if np.ndim(values) == 0 else 1)
     if len(classes) != n_samples:
         raise InputError(f"there are {len(classes)} {what} for {n_samples} samples")
     return classes
