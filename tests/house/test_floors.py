@@ -46,7 +46,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 396,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3231,
+    "attributors": 3229,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2463,
     "canonizers": 860,
@@ -60,7 +60,7 @@ BUDGETS = {
     "concepts": 2051,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6260,
+    "engine": 6268,
     "image": 1490,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1482,
@@ -77,7 +77,7 @@ BUDGETS = {
     "visualization.mining": 4268,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4575,
+    "visualization.report": 4573,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2682,
