@@ -11,8 +11,7 @@ back, for a surrogate that says which contributions count: :math:`z = f` is LRP-
 weights is :math:`z^+`, and so on. In relevances this is the familiar
 :math:`R_a = \sum_j \frac{a_i w_{ij}}{z_j} R_j` (Bach et al., PLoS ONE 2015, eq. 56; Montavon et al., "Layer-wise
 relevance propagation: an overview", 2019, eq. 10.2). Where :math:`z = 0` nothing contributed, and nothing is handed
-on. Additions, concatenations, poolings and reshapes need no rule: for them the ordinary chain rule on :math:`m` is
-already LRP-0.
+on. For additions, concatenations, poolings and reshapes, the ordinary chain rule on :math:`m` is LRP-0 already.
 
 A new rule is one method, `Rule.surrogate`:
 
