@@ -146,7 +146,8 @@ def _attribute(
 
 
 def _explain(attributor: Attributor, inputs: Inputs, target: Target) -> Tensors:
-    return inputs.parts(attributor(inputs, target)[1])
+    relevance = attributor(inputs, target)[1]
+    return (relevance,) if isinstance(relevance, Tensor) else inputs.parts(relevance)
 
 
 def _with_composite(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _propagate(
         return _explain(Gradient(model, make(**own), **how), inputs, target)
     if "reference" in own:
         raise InputError("baseline and reference are both given; they are two names of one option")
-    references = _baselines(own.pop("baseline"), inputs)
+    references = _baselines(own.pop("baseline"), inputs, model)
     parts = []
     # Each part has references of its own.
     for sample in torch.split(torch.arange(len(inputs)), how.get("batch_size") or len(inputs)):

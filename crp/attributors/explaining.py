@@ -106,7 +106,9 @@ def explain(
     if layer is not None:
         options["layer"] = layer
     _check_options(entry.method, options)
-    inputs = Inputs.of(data, explain, model).each(Tensor.detach)
+    inputs = Inputs.of(data, explain, model)
+    inputs.check()
+    inputs = inputs.each(Tensor.detach)
     aim = _predicted(model, inputs, options, output) if target is None else Target.of(target)
     if output is not None:
         aim = Selected(aim, output)

@@ -75,7 +75,7 @@ class Occlusion(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and differences of scores."""
-        covers = _baselines(self.baseline, inputs)
+        covers = _baselines(self.baseline, inputs, self.model)
         explained = inputs.explained
         shapes, steps = _for_each(self.window_shape, explained), _for_each(self.step, explained)
         places = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]

@@ -258,6 +258,21 @@ def _chain(
     return None
 
 
+def _sparse_product(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
+) -> Operands | None:
+    """Calls of ``torch.sparse.mm(sparse, dense, reduce)``; "mean" is of the entries that each row stores."""
+    values = dict(zip(("sparse", "dense", "reduce"), args, strict=False)) | dict(kwargs)
+    reduce = values.pop("reduce", "sum")
+    found = _product(torch.matmul, [values["sparse"], values["dense"]], {}, depends)
+    if found is None or reduce == "sum":
+        return found
+    if reduce != "mean":  # the largest is chosen, or the smallest
+        return None
+    stored = values["sparse"].crow_indices().diff().clamp(min=1)
+    return found._replace(weight=found.weight / stored[:, None])
+
+
 _CONVOLUTION, _TRANSPOSED = _layer(slides=True, convolves=True), _layer(slides=True)
 #: By name of the function.
 PARSERS: dict[str, Parse] = {
@@ -265,11 +280,11 @@ PARSERS: dict[str, Parse] = {
     "convolution": _TRANSPOSED,  # (or not, as one of its arguments says)
     **{f"conv_transpose{n}d": _TRANSPOSED for n in (1, 2, 3)},
     "linear": _layer(),
-    **dict.fromkeys(
-        ("matmul", "mm", "bmm", "mv", "dot", "vdot", "grouped_mm", "inner", "tensordot", "sparse_mm"), _product
-    ),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "grouped_mm", "inner", "tensordot"), _product),
+    "sparse_mm": _sparse_product,
     "rmatmul": lambda _, args, kwargs, depends: _product(torch.matmul, args[::-1], kwargs, depends),
     "addmm": _sum_of_product(torch.matmul, "input", "mat1", "mat2"),
+    "sparse_addmm": _sum_of_product(torch.matmul, "mat", "mat1", "mat2"),
     "baddbmm": _sum_of_product(torch.matmul, "input", "batch1", "batch2"),
     "addmv": _sum_of_product(torch.matmul, "input", "mat", "vec"),
     "addbmm": _sum_of_product(_summed_bmm, "input", "batch1", "batch2"),
@@ -282,5 +297,6 @@ ADDED: dict[str, tuple[int, tuple[str, ...]]] = {
     **dict.fromkeys(("addbmm", "addmm", "addmv", "addr", "baddbmm"), (0, ("input", "self"))),
     **dict.fromkeys(("convolution", "linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))),
                     (2, ("bias",))),
+    "sparse_addmm": (0, ("mat",)),
     "bilinear": (3, ("bias",)),
 }  # fmt: skip
