@@ -578,6 +578,16 @@ def test_classes_without_a_page_have_their_names(fv, tmp_path):
     assert re.search(rf"✗ ({'|'.join(NAMES[1:])}) \d", told) and not re.search(r"✗ \d+ \d", told)
 
 
+def test_every_link_leads_to_a_page_where_some_classes_have_none(tmp_path):
+    """Suspects are of all classes."""
+    atlas = report(mined(tmp_path, Images(40)), tmp_path / "out", classes=[1])
+    pages = list(atlas.rglob("*.html"))
+    lost = {(page.name, href) for page in pages for href in Parsed(page).all("href")
+            if not (page.parent / href.partition("#")[0]).exists()}  # fmt: skip
+    assert len(pages) > 9 and lost == set()
+    assert "of its relevance lies" in Parsed(atlas / "suspects.html").text
+
+
 def test_long_names_are_broken_between_their_parts_and_numbers_are_not():
     assert _breaking("blocks.5.attn · <b>/40.png") == "blocks.5.<wbr>attn · &lt;b&gt;/<wbr>40.<wbr>png"
     assert _breaking("12.5 % of 3.25") == "12.5 % of 3.25"

@@ -61,7 +61,7 @@ def write_concept(atlas: Atlas, flow: _Flow, layer: str, concept: int) -> None:
     largest = float(np.abs(shares).max(initial=0.0)) or 1.0
     for row in order[:CLASSES]:
         target, share = int(facts.shares.targets[row]), float(shares[row])
-        classes.append((atlas.class_name(target), _class_address(atlas, target), share, abs(share) / largest))
+        classes.append((atlas.class_name(target), atlas.class_address(target), share, abs(share) / largest))
     rows = _references(atlas, layer, concept)
     turns = [
         (str(other), atlas.addresses.concept(layer, other)) if 0 <= other < facts.n_concepts else None
@@ -171,7 +171,7 @@ def write_sample(atlas: Atlas, sample: int, target: int) -> None:
         part = sum(one["share"] for one in concepts)
         said += f" {percent(part)} of the relevance in {top} is that of {counted(len(concepts), 'concept')}."
     page = {
-        "trail": [("Atlas", "index.html"), (label, _class_address(atlas, target)), (atlas.sample_names[sample], "")],
+        "trail": [("Atlas", "index.html"), (label, atlas.class_address(target)), (atlas.sample_names[sample], "")],
         "title": f"Why {label}?" if target >= 0 else "What it sees",
         "name": atlas.sample_names[sample],
         "prediction": _prediction(atlas, sample, first),
@@ -193,15 +193,11 @@ def _prediction(atlas: Atlas, sample: int, first: Drawn) -> list[tuple[str, str,
     return [
         (
             atlas.class_name(one) + ("\N{NO-BREAK SPACE}(label)" if one == label else ""),
-            _class_address(atlas, one),
+            atlas.class_address(one),
             probability,
         )
         for one, probability in first.top
     ]
-
-
-def _class_address(atlas: Atlas, target: int) -> str:
-    return Addresses.label(target) if target in atlas.class_names else "index.html"
 
 
 def _value(atlas: Atlas, value: float, relevance: bool) -> str:
@@ -312,7 +308,7 @@ def _node(atlas: Atlas, layer: str, one: int) -> DrawnNode:
         address, name = atlas.addresses.concept(layer, one), atlas.label(layer, one)
         return DrawnNode(str(one), address, atlas.first(layer, one), name=name)
     name = atlas.class_name(one)
-    return DrawnNode(name[:18], _class_address(atlas, one), name=name)
+    return DrawnNode(name[:18], atlas.class_address(one), name=name)
 
 
 def _graph_of_sample(

@@ -91,6 +91,10 @@ class Atlas:
         """How a class is called."""
         return self.drawer.class_name(target, self.names)
 
+    def class_address(self, target: int) -> str:
+        """Page of a class; the overview where it has none."""
+        return Addresses.label(target) if target in self.class_names else "index.html"
+
     def class_of(self, suspect: Suspect) -> str:
         """Class that a suspect is of, in words."""
         return self.class_name(suspect.target) if suspect.target >= 0 else "all classes"
@@ -261,7 +265,7 @@ class Atlas:
             "trail": [("Atlas", "index.html"), (name, "")],
             "before": before,
             "after": after,
-            "lead": f"{n_rows} {word}s. For each layer, the concepts that carry most of the class's relevance.",
+            "lead": f"{counted(n_rows, word)}. For each layer, the concepts that carry most of the class's relevance.",
             "layers": [self._layer_of_class(layer, target) for layer in reversed(list(self.facts))],
             "samples": samples[:SAMPLES],
             "samples_note": f"Those among the references, wrong predictions first ({wrong} of {len(samples)}).",
@@ -332,7 +336,7 @@ class Atlas:
                         "label": self.label(one.layer, one.concept),
                         "score": f"{one.score:.3f}",
                         "class_name": self.class_of(one),
-                        "class_href": "index.html" if one.target < 0 else Addresses.label(one.target),
+                        "class_href": self.class_address(one.target),
                         "reason": "; ".join(filter(None, [one.reason, self.shown_by_others(one)])),
                     }
                 )
