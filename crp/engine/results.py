@@ -76,7 +76,7 @@ def _own(settings: Settings, tensor: Tensor, is_shared: bool = False) -> Tensor:
 
 def _channel_axis(name: str, shape: torch.Size) -> int | None:
     """Axis of channels, where an input has the name that models of Hugging Face give it; None where there is none."""
-    if name in ("input_values", "input_features") and len(shape) < 4 and shape[1] > 2:  # of a wave or spectrogram
+    if name in ("input_values", "input_features") and 1 < len(shape) < 4 and shape[1] > 2:  # a wave or spectrogram
         return None
     of_pictures = -3 if len(shape) > 3 else -1  # (also of videos, or of patches)
     return of_pictures if name.startswith("pixel_values") else -1 if name.endswith("inputs_embeds") else 1

@@ -106,7 +106,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),
     ("", "homogeneous rescaled elementwise nonnegative", "abs"),
     ("", "step rescaled elementwise", "ceil floor round sign trunc"),
-    ("", "step elementwise", "floor_divide floordiv heaviside rfloordiv sgn"),
+    ("", "step elementwise", "bernoulli floor_divide floordiv heaviside rfloordiv sgn"),
     ("activation", "", "glu"),
     ("", "", "prod"),
     # --- normalizations and statistics ---

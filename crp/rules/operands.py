@@ -23,7 +23,7 @@ class Operands(NamedTuple):
         What depends on the model's input.
     weight : Tensor
     bias : Tensor or None
-        What is added, if it is constant and finite.
+        What is added, if it is constant.
     run : callable
         ``run(a, weight, bias)`` is the call with other operands.
     space : int
@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     convolves : bool
         Whether the weight is a kernel of shape (outputs, inputs in a group, *kernel shape), whose outputs sum up ``a``.
     added : Tensor or None
-        What else is added, which depends on the model's input, or is infinite; `run` does not add it.
+        What else is added, as it depends on the model's input, or is infinite or nearly so; `run` does not add it.
     """
 
     a: Tensor
@@ -126,8 +126,8 @@ def _sum_of_product(product: Callable[[Tensor, Tensor], Tensor], *names: str) ->
             return Operands(a, weight, None, run, added=scaled)
         if _is_parameter(bias):
             return Operands(a, weight, scaled, run)
-        # (a mask of attention: no rule can divide by minus infinity)
-        hides = scaled.isinf()
+        # (a mask of attention: no rule can divide by minus infinity, or by the least number)
+        hides = scaled.abs() > torch.finfo(scaled.dtype).max / 2
         return Operands(a, weight, scaled.masked_fill(hides, 0), run, added=scaled.masked_fill(~hides, 0))
 
     return parse

@@ -468,6 +468,7 @@ def test_samples_next_to_each_other_are_not_copied(samples):
         ("pixel_values_videos", (2, 6, 3, 4, 5), 2),
         ("pixel_values", (2, 1, 4, 3, 4, 5), 3),  # tiles of pictures
         ("pixel_values", (2, 7, 12), 2),  # patches
+        ("input_values", (2,), None),
         ("input_values", (2, 9), None),  # waves
         ("input_values", (2, 1, 9), 1),
         ("input_values", (2, 2, 9), 1),
@@ -485,7 +486,7 @@ def test_heatmaps_have_the_axes_of_pictures_videos_and_sounds(name, shape, axis)
 
     class Named(nn.Module):
         def forward(self, **inputs: Tensor) -> Tensor:
-            return (inputs[name] * weight[:1]).flatten(1).sum(1, keepdim=True)
+            return (inputs[name] * weight[:1]).reshape(len(data), -1).sum(1, keepdim=True)
 
     found = CondAttribution(Named().eval())({name: data}, [{"y": 0}], GradientTimesInput()).heatmap
     wanted = data * weight[:1]

@@ -153,8 +153,9 @@ def test_bias_that_depends_on_the_input_is_added_by_the_chain_rule(name):
     assert not deviations(found, wanted, a)
 
 
+@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float64).min])
 @pytest.mark.parametrize("name", ["baddbmm", "addmm", "in_place"])
-def test_a_mask_of_minus_infinity_is_no_bias(name):
+def test_a_mask_of_minus_infinity_is_no_bias(name, least):
     """As where constant queries attend: what is hidden has no share, and other numbers of the mask are a bias."""
     sums = {
         "baddbmm": lambda mask, x: torch.baddbmm(mask, C3, x),
@@ -162,7 +163,7 @@ def test_a_mask_of_minus_infinity_is_no_bias(name):
         "in_place": lambda mask, x: mask.repeat(2, 1, 1).baddbmm_(C3, x),
     }
     added, hidden = constant(3, 5), torch.ones(3, 5, dtype=torch.bool).triu(1)
-    mask, total = added.masked_fill(hidden, -torch.inf), sums[name]
+    mask, total = added.masked_fill(hidden, least), sums[name]
 
     def found(x):
         return total(mask, x).softmax(-1)

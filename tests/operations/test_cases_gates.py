@@ -170,6 +170,7 @@ STEPPED = {
     "floor": lambda n, a: torch.floor(a) * n,
     "sign": lambda n, a: n * a.sign().clamp(min=0),
     "heaviside": lambda n, a: n * torch.heaviside(a, torch.zeros(1).double()),
+    "bernoulli": lambda n, a: n * torch.bernoulli((a * 1e9).clamp(0, 1)),
     "in_place": lambda n, a: n * torch.sigmoid(a).round_(),
     "divided": lambda n, a: n * (a // 0.3),
     "of_itself": lambda n, a: a.sign() * a,
@@ -183,7 +184,12 @@ STEPPED = {
 def test_a_step_takes_no_part_of_a_product(name, preset):
     """What it took, none of its operands would get."""
     known = {"sign": lambda n, a: n * (a > 0), "round": lambda n, a: n * (a.sigmoid() > 0.5)}
-    known |= {"heaviside": known["sign"], "in_place": known["round"], "of_itself": lambda n, a: a.detach().sign() * a}
+    known |= {
+        "heaviside": known["sign"],
+        "bernoulli": known["sign"],
+        "in_place": known["round"],
+        "of_itself": lambda n, a: a.detach().sign() * a,
+    }
     constant = known.get(name, held(STEPPED[name]))
     make = LRP_PRESETS.get(preset, partial(composites.get, preset))
     assert_same_map(seeded(Gated(STEPPED[name])), seeded(Gated(constant)), DATA, make())
