@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -110,8 +110,7 @@ class Rule(_Stabilized, Hook):  # type: ignore[misc]
     adds_up = False  #: whether the output is the sum of the terms, so that the operation itself need not be run
     #: Whether the rule takes weights apart, and so treats sums of weighted inputs only.
     needs_weight: ClassVar[bool] = False
-    #: By name of a function, what is run in its place; what that calls has rules.
-    written_out: Mapping[str, Callable[..., Any]] | None = None
+    written_out: ClassVar[Callable[..., Any] | None] = None  #: run in place of a call; what it calls has rules
     settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params")  #: attributes that `__repr__` shows
 
     def __init__(

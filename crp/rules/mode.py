@@ -170,7 +170,7 @@ class SeeingMode(TorchFunctionMode):
         apart = None if choice.rule is None else choice.rule.written_out
         if apart is not None and not op.known.operands:
             with self:
-                return apart[op.known.canonical](*op.args, **op.kwargs)
+                return apart(*op.args, **op.kwargs)
         # (operands may be overwritten, and then nothing is known)
         passed, alone = _passed(op, self.notes), len(op.inputs) == 1 and not is_affine
         note = self.notes.of(op.inputs[0]) if alone else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NoReturn, TypeAlias, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor
 
@@ -138,25 +138,6 @@ class _OfMethod(Rule):
     def __init__(self, method: str) -> None:
         super().__init__()
         self.method = method
-
-
-class _WrittenOut(_OfMethod):
-    """Functions that count as what they consist of.
-
-    Parameters
-    ----------
-    method : str
-    written_out : dict of str to callable
-        By its name, the same function, of functions that have rules.
-    """
-
-    def __init__(self, method: str, written_out: Mapping[str, Callable[..., Any]]) -> None:
-        super().__init__(method)
-        self.written_out = written_out
-
-    def operate(self, layer: Layer) -> NoReturn:
-        """Refuse kernels of which torch does not know how they are written."""
-        raise NotImplementedError(_no_rule(self.method, layer))
 
 
 class _OfFactors(_Shared):
