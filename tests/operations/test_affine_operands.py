@@ -166,10 +166,10 @@ def test_a_mask_of_minus_infinity_is_no_bias(name, least):
     mask, total = added.masked_fill(hidden, least), sums[name]
 
     def found(x):
-        return total(mask, x).softmax(-1)
+        return total(mask, x).softmax(-1) @ Q
 
     def wanted(x):
-        return total(added, x).masked_fill(hidden, -torch.inf).softmax(-1)
+        return total(added, x).masked_fill(hidden, -torch.inf).softmax(-1) @ Q
 
     a = constant(2, 6, 5, seed=3)
     assert not deviations(found, wanted, a)
