@@ -54,7 +54,7 @@ BUDGETS = {
     "compat": 940,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3971,
+    "composites": 3969,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2051,
@@ -67,7 +67,7 @@ BUDGETS = {
     "outputs": 391,
     "metrics": 962,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 6992,
+    "rules": 6983,
     # (along which axis the channels of a layer are)
     "trace": 1349,
     "types": 158,
