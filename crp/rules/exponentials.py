@@ -125,6 +125,11 @@ def _exponential(layer: Layer) -> _OfExponentials | None:
     return _OfExponentials(layer.function, layer.args, layer.kwargs, {}, [x], source=x) if is_base else None
 
 
+def _softmax(output: Tensor) -> _OfExponentials:
+    """What is remembered of a softmax, or its copy."""
+    return _OfExponentials(lambda output: output, [output], {}, {}, [output], is_quotient=True)
+
+
 def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
     """What is remembered of a call that reads what is made of exponentials; None where they end."""
     known = [(tensor, note.parts) for tensor in op.inputs if (note := notes.of(tensor)) is not None]
@@ -147,13 +152,14 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
         function, args = _on_a_copy(function), [args[0].clone(), *args[1:]] if id(args[0]) not in below else args
     is_summed = name in _SUMMING or op.known.parse is not None or any(made.is_summed for made in read)
     if not is_summed and name in ("add", "sub") and len(op.inputs) > 1:  # (of one tensor, they may be a tanh)
-        is_summed = notes.common(_exponents(read)) is None
+        exponents = _exponents(read)
+        is_summed = not exponents or notes.common(exponents) is None
     shares = {None} if leaves else {made.share for made in read if made.is_weighting}
     is_alone = len(read) == 1 and not leaves and op.known.has("elementwise") and not _inverts(op)
     return _OfExponentials(
         function, args, op.kwargs, below, leaves,
         is_inverse=is_inverse.pop() != _inverts(op),
-        is_quotient=divisor is not None,
+        is_quotient=divisor is not None or (name == "clone" and read[0].is_quotient),
         is_summed=is_summed,
         is_weighting=bool(leaves) or any(made.is_weighting for made in read),
         share=shares.pop() if len(shares) == 1 else None,
@@ -178,7 +184,8 @@ def _divisor(op: Operation, below: Mapping[int, _OfExponentials]) -> _OfExponent
     if len(read) != 2 or name not in ("div", "mul") or (name == "mul" and read[0].is_inverse == read[1].is_inverse):
         return None
     divisor = read[1] if name == "div" or read[1].is_inverse else read[0]
-    return divisor if divisor.is_summed else None
+    is_norm = divisor.is_weighting and any(made.is_quotient for made in divisor.calls())  # (of what was attended to)
+    return divisor if divisor.is_summed and not is_norm else None
 
 
 def _only_weighs(op: Operation, read: Sequence[_OfExponentials]) -> bool:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.exponentials import _combined, _OfExponentials
+from crp.rules.exponentials import _combined, _OfExponentials, _softmax
 from crp.rules.functions import Function, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
@@ -188,6 +188,9 @@ class SeeingMode(TorchFunctionMode):
         else:
             result, layer = self._by_rule(choice, op, parts)
             passed, parts = passed | layer.gives, layer.parts
+        is_quotient = isinstance(parts, _OfExponentials) and parts.is_quotient
+        if (is_quotient or op.known.canonical == "softmax") and isinstance(result, Tensor):
+            parts = _softmax(result)
         self._note(op, result, passed, copied, parts, below)
         return result
 

@@ -53,7 +53,7 @@ def _passed(op: Operation, notes: Notes) -> int:
     kept = flags & known.keeps
     if name in _ELEMENTWISE:
         kept = _kept_by(op, kept, notes)
-    if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or _is_indexed(op)):
+    if flags & (Born.SOFTMAX | Born.ROUTED | Born.EXPONENTIAL) and (known.has("indexes") or _is_indexed(op)):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
     elif name in _CHOOSING:
         kept |= Born.ROUTED if flags & Born.SQUASHED else Born.CHOSEN

@@ -122,6 +122,72 @@ def test_attention_to_nothing(attend, kind):
     assert_same_map(net(attend), net(to_nothing), DATA, kind())
 
 
+MASK = torch.ones(5, 5, dtype=torch.float64).tril()
+
+
+def behind_a_mask(q, k, v):
+    return logits(q, k).masked_fill(MASK == 0, -torch.inf).softmax(-1) @ v
+
+
+def by_sum(q, k, v):
+    p = logits(q, k).softmax(-1) * MASK
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+def by_norm(q, k, v):
+    return F.normalize(logits(q, k).softmax(-1).masked_fill(MASK == 0, 0.0), p=1, dim=-1) @ v
+
+
+def by_sum_later(q, k, v):
+    p = logits(q, k).softmax(-1) * MASK
+    return (p @ v) / (p.sum(-1, keepdim=True) + 1e-300)
+
+
+def written_out(q, k, v):
+    e = logits(q, k).exp()
+    p = e / e.sum(-1, keepdim=True) * MASK
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+def less_logsumexp(q, k, v):
+    scores = logits(q, k).masked_fill(MASK == 0, -1e30)
+    return (scores - torch.logsumexp(scores, -1, keepdim=True)).exp() @ v
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attend", [by_sum, by_norm, by_sum_later, written_out, less_logsumexp])
+def test_softmax_that_is_masked_and_divided_by_its_sum_again(attend, kind):
+    """Under AttnLRP, queries and keys had another share than behind a mask before the softmax."""
+    assert_same_map(net(attend), net(behind_a_mask), DATA, kind())
+    assert_closes(net(attend), DATA, kind())
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP, CPLRP])
+def test_the_norm_of_what_was_attended_to_is_held_constant(kind):
+    def written(q, k, v):
+        attended = behind_a_mask(q, k, v)
+        return attended / (attended.pow(2).mean(-1, keepdim=True) + 1e-6).pow(0.5)
+
+    assert_same_map(net(written), net(lambda *qkv: F.rms_norm(behind_a_mask(*qkv), (6,), eps=1e-6)), DATA, kind())
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP])
+@pytest.mark.parametrize("shares", [lambda z: z.softmax(-1), torch.exp], ids=["softmax", "exp"])
+def test_weights_of_experts_that_an_index_chooses_are_held_constant(shares, kind):
+    def attend(is_held):
+        def mixed(q, k, v):
+            p = shares(k)
+            best = p.detach().topk(2, -1).indices
+            p = p.gather(-1, best)
+            p = p / p.sum(-1, keepdim=True)
+            experts = torch.stack([q * i + v for i in range(6)], 2)
+            return (p.detach() if is_held else p)[:, :, None] @ experts.take_along_dim(best[..., None], 2)
+
+        return lambda *qkv: mixed(*qkv).squeeze(2)
+
+    assert_same_map(net(attend(False)), net(attend(True)), DATA, kind())
+
+
 #: Edges of a graph of five nodes, each with at least one that ends there.
 BEGIN, END = torch.tensor([0, 1, 2, 3, 4, 0, 2]), torch.tensor([1, 2, 3, 4, 0, 2, 1])
 
@@ -181,9 +247,10 @@ def largest_and_rest(x):
     return (x - top).exp().sum(-1, keepdim=True).log() + top
 
 
-@pytest.mark.filterwarnings("ignore:LRP has no rule for logsumexp")
 @pytest.mark.parametrize(
-    "written", [lambda x: x.exp().sum(-1, True).log(), largest_and_rest], ids=["plain", "less_the_largest"]
+    "written",
+    [lambda x: x.exp().sum(-1, True).log(), largest_and_rest, lambda x: x.logsumexp(-1, True)],
+    ids=["plain", "less_the_largest", "of_torch"],
 )
 def test_logarithms_of_a_sum_of_exponentials(written):
     """Each gets its share of the gradient; what the logarithm adds to the mean is kept, as by `torch.logsumexp`."""
@@ -208,3 +275,19 @@ def test_what_is_recorded_changes_nothing():
         CondAttribution(model)(data, [{"y": 1}], AttnLRP(), record_layer=names).heatmap for names in ([], ["exp"])
     )
     assert off(recording, plain) <= 1e-12
+
+
+def test_a_softmax_that_is_recorded_has_what_flows_through_it():
+    def wiring(s, x):
+        p = s.softmax(s.scores(x)) * MASK[0, :].new_tensor([1, 1, 0, 1, 1, 0])
+        return s.head(p / p.sum(-1, keepdim=True) * x)
+
+    layers = {"scores": nn.Linear(6, 6), "softmax": nn.Softmax(-1), "head": nn.Linear(6, 3)}
+    model, data = seeded(core_cases.Net(wiring, **layers)), numbers(3, 6)
+    attribution = CondAttribution(model)
+    plain, recorded = (attribution(data, [{"y": 1}], AttnLRP(), record_layer=names) for names in ([], ["softmax"]))
+    assert off(recorded.heatmap, plain.heatmap) <= 1e-12
+    assert recorded.relevances["softmax"].abs().max() > 0
+    parts = [attribution(data, [{"y": 1, "softmax": [i]}], AttnLRP()).heatmap for i in range(6)]
+    only = attribution(data, [{"y": 1, "softmax": list(range(6))}], AttnLRP()).heatmap
+    assert off(sum(parts), only) <= 1e-9
