@@ -159,13 +159,18 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
     return _OfExponentials(
         function, args, op.kwargs, below, leaves,
         is_inverse=is_inverse.pop() != _inverts(op),
-        is_quotient=divisor is not None or (name == "clone" and read[0].is_quotient),
+        is_quotient=divisor is not None or (name == "clone" and _is_of_softmax(read[0])),
         is_summed=is_summed,
         is_weighting=bool(leaves) or any(made.is_weighting for made in read),
         share=shares.pop() if len(shares) == 1 else None,
         source=read[0].source if is_alone else None,
         is_copied=name == "clone" or any(made.is_copied for made in read),
     )  # fmt: skip
+
+
+def _is_of_softmax(made: _OfExponentials) -> bool:
+    """Whether it is a softmax, or such with constants, so that a layer's relevance may flow through it."""
+    return not made.is_weighting and all(one.is_quotient for one in made.calls() if not one.below)
 
 
 def _inverts(op: Operation) -> bool:

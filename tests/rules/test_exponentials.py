@@ -277,17 +277,23 @@ def test_what_is_recorded_changes_nothing():
     assert off(recording, plain) <= 1e-12
 
 
-def test_a_softmax_that_is_recorded_has_what_flows_through_it():
+class Masking(nn.Module):
+    def forward(self, p):
+        return p * MASK.new_tensor([1, 1, 0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("layer", ["softmax", "masking"])
+def test_a_softmax_that_is_recorded_has_what_flows_through_it(layer):
     def wiring(s, x):
-        p = s.softmax(s.scores(x)) * MASK[0, :].new_tensor([1, 1, 0, 1, 1, 0])
+        p = s.masking(s.softmax(s.scores(x)))
         return s.head(p / p.sum(-1, keepdim=True) * x)
 
-    layers = {"scores": nn.Linear(6, 6), "softmax": nn.Softmax(-1), "head": nn.Linear(6, 3)}
+    layers = {"scores": nn.Linear(6, 6), "softmax": nn.Softmax(-1), "masking": Masking(), "head": nn.Linear(6, 3)}
     model, data = seeded(core_cases.Net(wiring, **layers)), numbers(3, 6)
     attribution = CondAttribution(model)
-    plain, recorded = (attribution(data, [{"y": 1}], AttnLRP(), record_layer=names) for names in ([], ["softmax"]))
+    plain, recorded = (attribution(data, [{"y": 1}], AttnLRP(), record_layer=names) for names in ([], [layer]))
     assert off(recorded.heatmap, plain.heatmap) <= 1e-12
-    assert recorded.relevances["softmax"].abs().max() > 0
-    parts = [attribution(data, [{"y": 1, "softmax": [i]}], AttnLRP()).heatmap for i in range(6)]
-    only = attribution(data, [{"y": 1, "softmax": list(range(6))}], AttnLRP()).heatmap
-    assert off(sum(parts), only) <= 1e-9
+    assert recorded.relevances[layer].abs().max() > 0
+    parts = [attribution(data, [{"y": 1, layer: [i]}], AttnLRP()).heatmap for i in range(6)]
+    only = attribution(data, [{"y": 1, layer: list(range(6))}], AttnLRP()).heatmap
+    assert only.abs().max() > 0 and off(sum(parts), only) <= 1e-9
