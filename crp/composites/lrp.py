@@ -57,7 +57,7 @@ def _base(
     if attention is not None:
         products = [
             (Functions(("scaled_dot_product_attention",)), DotProductAttention(attention)),
-            (Functions(("log_softmax", "logcumsumexp", "logsumexp", "softmax", "softmin")), _Proportional()),
+            (Having.of("softmax"), _Proportional()),
             (Kind("product"), MatrixProduct(attention)),
         ]
     return [
