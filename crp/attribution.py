@@ -110,8 +110,6 @@ class CondAttribution:
         no_param_grad: bool = True, *, output: Callable[[Any], Tensor] | None = None,
     ) -> None:  # fmt: skip
         check_flags(overwrite_data_grad=overwrite_data_grad, no_param_grad=no_param_grad)
-        if not isinstance(model, nn.Module):
-            raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if output is not None and not callable(output):
             raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
         self.MODEL_OUTPUT_NAME = "y"

@@ -88,8 +88,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         mask_map: MaskMap = ChannelConcept.mask,
         batch_size: int | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        unwrap(model)  # (refuses what is no model)
         check_composite(composite)
         if condition is not None and not isinstance(condition, Mapping):
             raise InputTypeError(f"condition must be a dict {{layer name: concept ids}}, not {condition!r}")
@@ -181,12 +180,12 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
 
         With ``relevance``, it is what the composite gives, as it is.
         """
-        differentiable(self.model)
         if self.composite is not None or self.condition:
             yield (
                 lambda inputs, rows: self.flow(inputs, rows).inputs if relevance else self.multipliers(inputs, rows)[1]
             )
             return
+        differentiable(self.model)
         model = self._model_of_variants(inputs, target)
 
         def gradients(inputs: Inputs, rows: Target) -> Tensors:

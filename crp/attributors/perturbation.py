@@ -31,8 +31,9 @@ from crp.concepts.ids import as_numbers
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import check_data
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError
 from crp.flags import check_flags
+from crp.layers import unwrap
 
 _Game = Literal["deletion", "preservation"]
 Upsampling = Literal["bilinear", "bicubic", "nearest"]
@@ -176,8 +177,7 @@ class MeaningfulPerturbation:
         verbose: bool = False,
     ) -> None:
         check_flags(verbose=verbose)
-        if not isinstance(model, nn.Module):
-            raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        unwrap(model)  # (refuses what is no model)
         check_composite(composite)
         for name, value, allowed in (
             ("game", game, _Game), ("upsampling", upsampling, Upsampling), ("reduction", reduction, Reduction),

@@ -107,10 +107,9 @@ def explaining(
     select : callable
         Takes the output from what the model returns.
     """
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    model = unwrap(model)
     check_composite(composite)
-    with put_on(composite, unwrap(model)) as modified:
+    with put_on(composite, model) as modified:
 
         def run(data: Tensor) -> Tensor:
             inputs = Inputs.of(data)

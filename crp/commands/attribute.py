@@ -75,6 +75,9 @@ _CLASSES = 5
     "--position", help="Of a language model: the token whose next one is explained; -1, the last, by default."
 )
 @click.option("--against", help="Of a language model: a token in whose place the target is explained.")
+@click.option(
+    "--scale-without-first", is_flag=True, help="Of texts: the strongest colour is of a token behind the first."
+)
 @click.option("--output", help="What is explained of what the model returns; segmentation, for example. See below.")
 @click.option("--layer", help="Layer of the concepts; of a class activation map; or to be explained itself.")
 @click.option(
@@ -124,10 +127,11 @@ def attribute(
     from crp.commands.texts import Asking, explain_texts
     from crp.visualization.models import find_class
 
-    page = page or out.suffix.lower() == _PAGE
+    page, rescaled = page or out.suffix.lower() == _PAGE, loading.pop("scale_without_first")
     _check_options(images, texts, page, out)
     if texts:
-        asking = Asking(tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept)
+        names = tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept
+        asking = Asking(*names, rescaled)
         _check_writable(out.parent, out)
         loaded = _load(model, output, **loading)
         given = _own(settings, () if layer is None else ("layer", "condition", "mask_map"), False)
@@ -179,8 +183,10 @@ def _check_options(images: Sequence[Path], texts: Sequence[str], page: bool, out
     """Refuse options of texts with pictures, those of pictures with texts, and those without what they are about."""
     context = click.get_current_context()
     typed = {name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    if bool(images) == bool(texts) or (images and typed & {"tokenizer", "position", "against"}):
-        raise CommandError("give pictures, or --text, of which --tokenizer, --position and --against are")
+    if bool(images) == bool(texts) or (images and typed & {"tokenizer", "position", "against", "scale_without_first"}):
+        raise CommandError(
+            "give pictures, or --text, of which --tokenizer, --position, --against and --scale-without-first are"
+        )
     if texts and (wrong := [f"--{name}" for name in ("size", "mean", "std", "graph") if name in typed]):
         raise CommandError(f"{' and '.join(wrong)}: for pictures alone, and --text is given")
     if texts and page and out.suffix.lower() != _PAGE:

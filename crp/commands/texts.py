@@ -30,6 +30,7 @@ class Asking(NamedTuple):
     against: str | None
     layer: str | None
     concepts: tuple[int, ...]
+    scale_without_first: bool = False
 
 
 def concepts_of_texts(model: nn.Module, wanted: Sequence[str]) -> dict[str, Concept]:
@@ -83,13 +84,15 @@ def explain_texts(
     through = _set_layer(loaded.model, asking, given, chosen.family)
     dataset = Texts(list(texts), load_tokenizer(asking.tokenizer))
     found = [_explain(dataset, number, loaded, chosen.name, asking, given) for number in range(len(texts))]
+    through += ", in colours of the tokens behind the first" if asking.scale_without_first else ""
     captions = [f"{facts['said']} ({chosen.name}{through})" for _, facts in found]
+    shown = [text.scaled_without() if asking.scale_without_first else text for text, _ in found]
     try:
         if suffix == ".html":
-            page = text_page(list(zip(captions, (text for text, _ in found), strict=True)), "Texts explained")
+            page = text_page(list(zip(captions, shown, strict=True)), "Texts explained")
             write_atomic(out, page.encode())
         else:
-            _write_figure(plot_texts([text for text, _ in found], captions), out, dpi=150)
+            _write_figure(plot_texts(shown, captions), out, dpi=150)
     except OSError as error:
         raise CommandError(f"--out {out} cannot be written: {error.strerror or error}") from error
     for text, (_, facts) in zip(texts, found, strict=True):

@@ -168,11 +168,10 @@ def get_output_shapes(model: nn.Module, single_sample: Data, record_layers: Iter
     ValueError, TypeError
         If the model cannot take the sample, a layer is not called so often, or returns no tensor.
     """
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    model = unwrap(model)
     if isinstance(record_layers, str) or not isinstance(record_layers, Iterable):
         raise InputTypeError(f"record_layers must be a list of layer names, not {record_layers!r}")
-    model, inputs, layers = unwrap(model), Inputs.of(single_sample, None, model), list(record_layers)
+    inputs, layers = Inputs.of(single_sample, None, model), list(record_layers)
     check_layers(model, layers, "record_layer")
     with evaluating(model):
         outputs = _recorded(model, inputs.run, layers)

@@ -111,7 +111,10 @@ def resized(values: Array, size: tuple[int, int]) -> NDArray[Any]:
 
 
 def blurred(values: Array, share: float) -> NDArray[Any]:
-    """Map smoothed by a Gaussian whose standard deviation is a share of the longer side."""
+    """Map smoothed by a Gaussian whose standard deviation is a share of the longer side.
+
+    Where that is less than a pixel, hardly anything is smoothed: pixels of a map so small are seen one by one.
+    """
     sigma = share * max(values.shape)
     reach = min(int(3 * sigma + 0.5), min(values.shape) - 1)
     height, width = values.shape

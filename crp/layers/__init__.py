@@ -98,16 +98,17 @@ def get_layer_names(model: nn.Module, types: Iterable[type[nn.Module]] | type[nn
     TypeError
         If one is no type, or the model is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    model = unwrap(model)
     kinds = tuple(types) if isinstance(types, Iterable) else (types,)
     if wrong := [kind for kind in kinds if not isinstance(kind, type)]:
         raise InputTypeError(f"types must be types of modules, such as [nn.Conv2d, nn.Linear]; {wrong[0]!r} is none")
-    return [name for name, module in unwrap(model).named_modules() if isinstance(module, kinds)]
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Model inside the wrappers of `torch.compile` and `DataParallel`, whose layer names have no prefix."""
+    """Model inside the wrappers of `torch.compile` and `DataParallel`; what is no model, or scripted, is refused."""
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputTypeError(
             f"{type(model).__name__} is a scripted or traced model: its layers cannot carry rules. "
@@ -235,8 +236,7 @@ def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> 
     TypeError
         If the model is none.
     """
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    unwrap(model)  # (refuses what is no model)
     names = list(names)
     modules = modules_of(model) if names else {}
     for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,19 @@ def test_a_text_is_explained_on_a_page(here: Path) -> None:
         {name: torch.tensor([field]) for name, field in data.items()}, [{"y": Position(2, 9, against=3)}], AttnLRP()
     ).heatmap[0]
     torch.testing.assert_close(torch.tensor([value for _, value in facts["tokens"]]), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_token_can_be_left_out_of_the_colours(here: Path) -> None:
+    explained = [*EXPLAIN, "--text", "abc d", "--target", "f", "--position", "1", "--out", "why.html"]
+
+    def colours() -> list[float]:
+        return [float(each) for each in re.findall(r"background:rgba\([\d,]+,([\d.]+)\)", Path("why.html").read_text())]
+
+    assert crp(*explained).exit_code == 0
+    first, second, *_ = colours()
+    assert crp(*explained, "--scale-without-first").exit_code == 0
+    assert colours()[:2] == [first, first] and first > second
+    assert "in colours of the tokens behind the first" in Path("why.html").read_text()
 
 
 def test_heads_classes_and_figures(here: Path) -> None:

@@ -8,7 +8,9 @@ from torch import nn
 
 from crp import explain
 from crp.attribution import CondAttribution
+from crp.engine.additions import attached, clear
 from crp.errors import InputError
+from crp.graph import trace_model_graph
 from crp.helper import get_output_shapes
 from crp.layers import LayerNotFoundError, differentiable, evaluating, find_layers, get_layer_names, uncompiled, unwrap
 from crp.layers.lasting import Shared
@@ -135,8 +137,21 @@ def test_output_shapes_refuse_what_attribution_refuses(vgg_bn, images):
         get_output_shapes(vgg_bn, images[:1], "classifier")
     with pytest.raises(TypeError, match=r"must be a floating-point tensor, .* not ndarray"):
         get_output_shapes(vgg_bn, images[:1].numpy(), ["features.0"])
+
+
+@pytest.mark.parametrize(
+    "door",
+    [
+        lambda none: get_layer_names(none, [nn.Conv2d]),
+        lambda none: find_layers(none, []),
+        lambda none: trace_model_graph(none, torch.zeros(1, 6), ["0"]),
+        attached,
+        clear,
+    ],
+)
+def test_what_is_no_model_is_refused_at_every_door(door):
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not NoneType"):
-        get_layer_names(None, [nn.Conv2d])
+        door(None)
 
 
 def test_output_shapes_name_layers_that_are_not_called(mlp, vectors):
