@@ -28,7 +28,7 @@ _CONDITIONS = frozenset(("ge", "gt", "le", "lt"))
 #: Functions that choose; what they choose may be a tensor of one number in every entry.
 _CHOOSING = frozenset("clamp clamp_max clamp_min fmax fmin masked_fill maximum minimum where".split())  # noqa: SIM905
 #: Functions that such a function may begin with: in these, a variable of the model still holds what they read.
-_HELD = _CONDITIONS | {"abs", "div", "mul", "neg", "sign"}
+_HELD = _CONDITIONS | {"abs", "neg", "sign"}
 BEGINNING = _SUMS | _HELD | {"clamp", "hardsigmoid", "hardtanh"}
 _AMOUNTS = 10.0 ** torch.linspace(-3, 4, 36, dtype=torch.float64, device="cpu")
 _POINTS = torch.cat([-_AMOUNTS.flip(0), 0 * _AMOUNTS[:1], _AMOUNTS])
@@ -88,8 +88,10 @@ class _Entrywise:
                 return
 
 
-def _entrywise(op: Operation, notes: Notes) -> _Entrywise | None:
-    """What is remembered of a call, if it is such a function; None of others."""
+def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
+    """What is remembered of a call, if it is such a function, or one ``begins`` there; None of others."""
+    if begins and not _may_begin(op):
+        return None
     name, known, x = op.known.canonical, op.known, op.inputs[0]
     tensors = list(tensors_in((op.args, op.kwargs)))
     parts = {id(tensor): note.parts for tensor in tensors if (note := notes.of(tensor)) is not None}
@@ -97,8 +99,6 @@ def _entrywise(op: Operation, notes: Notes) -> _Entrywise | None:
     if known.has("copies"):
         is_moved = len(made) == len(tensors) == 1 and name not in _SEVERAL and op.args[:1] and not op.overwrites
         return _moved(op, made[id(x)]) if is_moved else None
-    if not made and (name not in BEGINNING or len(op.inputs) > 1 or not _may_begin(op)):
-        return None
     if not (known.has("elementwise") or name in _CONDITIONS) or "dropout" in known.name or "out" in op.kwargs:
         return None
     read, numbers = dict[int, dict[int, _Source]](), dict[int, Tensor]()
@@ -122,7 +122,7 @@ def _entrywise(op: Operation, notes: Notes) -> _Entrywise | None:
     # (what a number is added to may be 0, and then hand nothing on)
     passing = passing if len(read) == 1 and name not in _SUMS else frozenset()
     result = _Entrywise(sources, passing, name in _SUMS or any(one.is_shifted for one in made.values()))
-    if name not in _CONDITIONS:
+    if name not in (_HELD | _SUMS if begins else _CONDITIONS):
         result.find_activation()
     return result if sources else None
 

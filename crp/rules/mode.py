@@ -174,15 +174,10 @@ class SeeingMode(TorchFunctionMode):
                 return apart(*op.args, **op.kwargs)
         # (operands may be overwritten, and then nothing is known)
         passed = _passed(op, self.notes)
-        parts: Any = _combined(op, self.notes) if self.notes.has_exponentials else None
-        begins = op.known.canonical in BEGINNING and len(op.inputs) == 1
-        if parts is None and not is_affine and (begins or self.notes.has_entrywise):
-            parts = _entrywise(op, self.notes)
+        parts = self._parts(op) if self.notes.has_parts or op.known.canonical in BEGINNING else None
         if isinstance(parts, _Entrywise):
             passed |= parts.gives
             choice = choice if parts.activation is None else self._of_activation(choice, op)
-        elif parts is None and op.known.canonical == "clone" and (note := self.notes.of(op.inputs[0])) is not None:
-            parts = note.parts
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
         if below is not None and op.known.canonical in ("mul", "div") and not all(i is op.inputs[0] for i in op.inputs):
             passed |= Born.ACTIVATION  # (as x * sigmoid(x) is)
@@ -198,6 +193,16 @@ class SeeingMode(TorchFunctionMode):
             parts = _softmax(result)
         self._note(op, result, passed, copied, parts, below)
         return result
+
+    def _parts(self, op: Operation) -> Any:
+        """What is remembered of a call, by what is of its operands."""
+        notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
+        kinds = {type(note.parts) for note in notes}
+        parts: Any = _combined(op, self.notes) if _OfExponentials in kinds else None
+        begins = op.known.canonical in BEGINNING and len(op.inputs) == 1 and _Entrywise not in kinds
+        if parts is None and (begins or _Entrywise in kinds):
+            return _entrywise(op, self.notes, begins)
+        return notes[0].parts if notes and op.known.canonical == "clone" and parts is None else parts
 
     def _of_activation(self, choice: Choice, op: Operation) -> Choice:
         """Rule of activations where they are the identity, unless another one is meant for the call."""
@@ -260,8 +265,6 @@ class SeeingMode(TorchFunctionMode):
             self.notes.add(result, flags, copied, below)
         if parts is not None:
             self.notes.remember(result, parts)
-            self.notes.has_exponentials |= isinstance(parts, _OfExponentials)
-            self.notes.has_entrywise |= isinstance(parts, _Entrywise)
         if op.known.canonical == "mul" and not op.overwrites:
             self.products.add(result, (*op.args, *op.kwargs.values()))
 

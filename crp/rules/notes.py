@@ -101,9 +101,8 @@ class Notes:
     ----------
     tolerant : int
         Number of running modules in which tensors may be made unseen.
-    has_exponentials, has_logarithms, has_entrywise : bool
-        Whether any tensor is remembered to be made of exponentials, or is a logarithm of a sum of such; or to be made
-        of another one entry by entry.
+    has_parts, has_logarithms : bool
+        Whether rules remember anything of a tensor, and whether any is a logarithm of a sum of exponentials.
     """
 
     def __init__(self) -> None:
@@ -111,7 +110,7 @@ class Notes:
         #: Last seen change in place, by base, which may be gone: itself, its version, flags.
         self._writes: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
         self._inputs: list[Any] = []  # nodes and leaves of the model's inputs in autograd's graph
-        self.tolerant, self.has_exponentials, self.has_logarithms, self.has_entrywise = 0, False, False, False
+        self.tolerant, self.has_parts, self.has_logarithms = 0, False, False
 
     def enter(self, tensor: Tensor, leaf: Tensor | None) -> None:
         """Note an input of the model; ``leaf`` is what takes relevance that needs no value, if anything does."""
@@ -145,7 +144,7 @@ class Notes:
 
     def remember(self, tensor: Tensor, parts: Any) -> None:
         """Keep what a rule remembers of the call that made a tensor."""
-        note = self.of(tensor)
+        note, self.has_parts = self.of(tensor), True
         if note is None and isinstance(tensor, Tensor) and not tensor.requires_grad:
             note = self._notes[id(tensor)] = Note(tensor, 0)
         if note is not None:
@@ -292,4 +291,4 @@ class Notes:
         self._notes.clear()
         self._writes.clear()
         self._inputs.clear()
-        self.tolerant, self.has_exponentials, self.has_logarithms, self.has_entrywise = 0, False, False, False
+        self.tolerant, self.has_parts, self.has_logarithms = 0, False, False

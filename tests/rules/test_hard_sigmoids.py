@@ -93,8 +93,8 @@ SPELLINGS = {
         "max_and_min": lambda a: torch.min(torch.max(torch.zeros_like(a), a + 3), torch.full_like(a, 6)) / 6,
         "two_relus": lambda a: (F.relu(a + 3) - F.relu(a - 3)) / 6,
         "one_less_relus": lambda a: 1 - F.relu(1 - F.relu(a / 6 + 0.5)),
-        "where": lambda a: torch.where(a <= -3, ZERO, torch.where(a >= 3, ONE, a / 6 + 0.5)),
-        "masked": lambda a: (a / 6 + 0.5).masked_fill(a < -3, 0).masked_fill(a > 3, 1),
+        "where": lambda a: torch.where(a <= -3, ZERO, torch.where(a >= 3, ONE, (a + 3) / 6)),
+        "masked": lambda a: ((a + 3) / 6).masked_fill(a < -3, 0).masked_fill(a > 3, 1),
         "behind_a_number": lambda a: F.relu6((a + 3 - 3) + 3) / 6,
     },
     F.hardtanh: {
