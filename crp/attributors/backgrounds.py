@@ -110,7 +110,7 @@ def make_background(
         deviation = (data - mean).square().mean(axes, keepdim=True).sqrt()
         draw = torch.randn((1, *data.shape[1:]), generator=generator, dtype=data.dtype)
         return mean + deviation * draw.to(data.device)
-    filled = background(data) if callable(background) and not isinstance(background, Tensor) else background
+    filled = background(data) if callable(background) else background
     if not isinstance(filled, Tensor | float | int):
         raise InputTypeError(f"a background must give a tensor or a number, not a {type(filled).__name__}")
     filled = torch.from_numpy(as_numbers("the background", filled)).to(data)

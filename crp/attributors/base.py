@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.attributors.target import Start, Target
+from crp.attributors.target import Classes, Start, Target
 from crp.checks import check_number
 from crp.composites import Gradient as GradientComposite
 from crp.concepts import ChannelConcept
@@ -25,6 +25,7 @@ from crp.engine.forward import check_columns, check_one_entry, tensor_in
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.engine.taps import check_layers
+from crp.engine.targets import _warn_of_positions
 from crp.errors import InputError, InputTypeError
 from crp.layers import differentiable, modules_of, unwrap
 from crp.layers.addresses import Address, hooked_at
@@ -245,7 +246,10 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
     def _explain(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         target.check(len(inputs))
         check_alone(self.model, self.composite, type(self).__name__)
-        return self.attribute(inputs, target)
+        output, relevance = self.attribute(inputs, target)
+        if inputs.embedded and isinstance(scored := getattr(target, "target", target), Classes):
+            _warn_of_positions(scored.ids.tolist(), output, inputs)
+        return output, relevance
 
 
 class _Explained(CondAttribution):
@@ -331,8 +335,6 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _target(target: Any) -> Target:
-    if isinstance(target, Target):
-        return target
     if target is None:
         return Start(lambda output: output)
     if isinstance(target, np.ndarray):

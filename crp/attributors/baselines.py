@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crp.concepts.ids import as_numbers
 from crp.engine.inputs import Inputs, Tensors
+from crp.engine.tokens import Embedded
 from crp.errors import InputError, InputTypeError
+from crp.layers import unwrap
 from crp.wording import shortened
 
 OneBaseline: TypeAlias = float | Tensor | np.ndarray | Callable[[Tensor], Tensor] | None
 Baseline: TypeAlias = OneBaseline | Sequence[OneBaseline] | Mapping[str, OneBaseline]
 
 
-def _baselines(given: Baseline, inputs: Inputs) -> Tensors:
+def _baselines(given: Baseline, inputs: Inputs, model: nn.Module) -> Tensors:
     """Baseline of each input that is explained, in its shape.
 
     Parameters
@@ -26,8 +28,11 @@ def _baselines(given: Baseline, inputs: Inputs) -> Tensors:
     given : number, Tensor, ndarray, callable or None
         A single one is for all inputs. A tuple holds one for each that is explained, or for each that there is; a dict
         names them. None is 0. A tensor has the input's shape with or without the batch axis, which may be 1; a function
-        of the input returns such a tensor.
+        of the input returns such a tensor. Whole numbers for token ids are ids, such as that of padding, whose
+        embeddings are the baseline.
     inputs : Inputs
+    model : nn.Module
+        It looks up the embeddings of ids.
 
     Raises
     ------
@@ -36,24 +41,44 @@ def _baselines(given: Baseline, inputs: Inputs) -> Tensors:
     TypeError
         If a baseline is none of these.
     """
-    explained = inputs.explained
+    names = inputs.names
+    each: list[Any] = [given] * len(names)
     if isinstance(given, Mapping):
-        unknown = [name for name in given if name not in inputs.names]
+        unknown = [name for name in given if name not in names]
         if unknown:
-            known = ", ".join(map(repr, inputs.names))
+            known = ", ".join(map(repr, names))
             raise InputError(f"there is a baseline for {unknown[0]!r}, which is not explained; {known} are")
-        given = tuple(given.get(str(name)) for name in inputs.names)
+        given = tuple(given.get(str(name)) for name in names)
     if isinstance(given, tuple) or (isinstance(given, list) and len(inputs.values) > 1):
         if len(given) == len(inputs.values):
-            given = [one for name, one in zip(inputs.values, given, strict=True) if name in inputs.names]
-        if len(given) != len(explained):
-            raise InputError(f"there are {len(given)} baselines for {len(explained)} inputs; give one for each")
-        return tuple(_baseline(one, data) for one, data in zip(given, explained, strict=True))
-    return tuple(_baseline(given, data) for data in explained)
+            given = [one for name, one in zip(inputs.values, given, strict=True) if name in names]
+        if len(given) != len(names):
+            raise InputError(f"there are {len(given)} baselines for {len(names)} inputs; give one for each")
+        each = list(given)
+    return tuple(
+        _of_ids(one, data, model, inputs.embedded[name].layer, name)
+        if name in inputs.embedded and _is_whole(one)
+        else _baseline(one, data)
+        for one, data, name in zip(each, inputs.explained, names, strict=True)
+    )
+
+
+def _is_whole(given: Any) -> TypeGuard[Tensor | np.ndarray | int]:
+    if isinstance(given, Tensor):
+        return not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
+    return isinstance(given, np.ndarray | int | np.integer) and np.asarray(given).dtype.kind in "iu"
+
+
+def _of_ids(given: Any, data: Tensor, model: nn.Module, layer: str, name: int | str) -> Tensor:
+    """Baseline of embeddings, of shape (samples, features, *space), from ids."""
+    ids, shape = torch.as_tensor(given).long(), (len(data), *data.shape[2:])
+    if ids.dim() > 0 and ids.shape not in (shape, (1, *shape[1:]), shape[1:]):
+        raise InputError(f"the baseline has ids of shape {tuple(ids.shape)} for token ids of shape {shape}")
+    return Embedded.of(unwrap(model), layer, ids.expand(shape), name).values.to(data)
 
 
 def _baseline(given: Any, data: Tensor) -> Tensor:
-    if callable(given) and not isinstance(given, Tensor):
+    if callable(given):
         given = given(data)
     given = 0.0 if given is None else given
     if isinstance(given, bool) or not isinstance(given, int | float | np.number | np.ndarray | Tensor | list):

@@ -106,8 +106,7 @@ class LayerCAM(Attributor):
                 "channels, *space)"
             )
         mode = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}[len(space)], "nearest": "nearest"}
-        options = {"align_corners": False} if self.interpolation == "linear" else {}
-        large = F.interpolate(maps.to(data), space, mode=mode[self.interpolation], **options)
+        large = F.interpolate(maps.to(data), space, mode=mode[self.interpolation])
         return output, (large.expand(data.shape).contiguous(),)
 
     def maps(self, data: Data, target: Any) -> tuple[Tensor, Tensor]:

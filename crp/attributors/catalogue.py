@@ -171,7 +171,7 @@ def _propagate(
         return _explain(Gradient(model, make(**own), **how), inputs, target)
     if "reference" in own:
         raise InputError("baseline and reference are both given; they are two names of one option")
-    references = _baselines(own.pop("baseline"), inputs)
+    references = _baselines(own.pop("baseline"), inputs, model)
     parts = []
     # Each part has references of its own.
     for sample in torch.split(torch.arange(len(inputs)), how.get("batch_size") or len(inputs)):

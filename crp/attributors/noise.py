@@ -71,8 +71,7 @@ class SmoothGrad(Attributor):
             model, composite, attr_output, condition=condition, mask_map=mask_map, batch_size=batch_size
         )  # fmt: skip
         check_number("n", n, 1, whole=True)
-        if isinstance(noise_level, bool) or not isinstance(noise_level, int | float) or not 0 <= noise_level < 1e9:
-            raise InputError(f"noise_level must be a finite number of at least 0, not {noise_level!r}")
+        check_number("noise_level", noise_level, 0)
         check_choice("statistic", statistic, Statistic)
         if seed is not None:
             check_seed(seed)

@@ -12,6 +12,7 @@ from zennit.core import Composite
 from crp.attributors.base import ROWS_FORWARD, Attributor
 from crp.attributors.baselines import Baseline, _baselines
 from crp.attributors.target import Target
+from crp.checks import check_number
 from crp.engine.inputs import Inputs, Tensors
 from crp.errors import InputError
 from crp.flags import check_flags
@@ -74,7 +75,7 @@ class Occlusion(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and differences of scores."""
-        covers = _baselines(self.baseline, inputs)
+        covers = _baselines(self.baseline, inputs, self.model)
         explained = inputs.explained
         shapes, steps = _for_each(self.window_shape, explained), _for_each(self.step, explained)
         places = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]
@@ -149,14 +150,11 @@ def _cover_count(sample: Tensor, starts: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _lengths(name: str, given: Any, shape: Sequence[int], every: bool) -> tuple[int, ...]:
-    if isinstance(given, int) and not isinstance(given, bool):
+    if not isinstance(given, tuple):
         given = (given,) * (len(shape) if every else max(1, len(shape) - 1))
-    whole = isinstance(given, tuple) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
-    if not whole or not given:
-        raise InputError(f"{name} must be a positive whole number, or a tuple of them, not {given!r}")
-    if len(given) > len(shape):
+    if not 0 < len(given) <= len(shape):
         raise InputError(f"{name} {given!r} has {len(given)} axes; the input has {len(shape)}, {tuple(shape)}")
-    return tuple(given)
+    return tuple(check_number(name, n, 1, whole=True) for n in given)
 
 
 def _for_each(given: Any, inputs: Tensors) -> list[Any]:

@@ -39,7 +39,8 @@ class IntegratedGradients(Attributor):
         Number n of points on the path.
     baseline : number, Tensor, callable or None
         :math:`x_0`: a constant; a tensor for all samples (with a batch axis of 1, or without), or for each; a function
-        of the data; a tuple of these for several inputs. None is 0.
+        of the data; a tuple of these for several inputs. None is 0. Of token ids, floats are values of the embeddings,
+        and whole numbers are ids: ``tokenizer.pad_token_id``, or a tensor of ids.
     quadrature : "right", "left", "middle", "trapezoid" or "gauss_legendre"
         Riemann sums of n intervals with a point at the right or left end or in the middle of each; the trapezoidal rule
         of n points, both ends of the path among them; or Gauss-Legendre quadrature.
@@ -81,7 +82,7 @@ class IntegratedGradients(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and integrated gradients."""
-        starts = _baselines(self.baseline, inputs)
+        starts = _baselines(self.baseline, inputs, self.model)
         ways = tuple(data - start for data, start in zip(inputs.explained, starts, strict=True))
         # (a sum of many steps in half precision would lose the last ones)
         totals = tuple(torch.zeros_like(data, dtype=torch.float64) for data in inputs.explained)

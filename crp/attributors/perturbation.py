@@ -343,9 +343,7 @@ class MeaningfulPerturbation:
 
     def _enlarge(self, mask: Tensor, images: Tensor, offset: list[int] | None = None) -> Tensor:
         """Mask of the size of the images, moved by ``offset``."""
-        options = {} if self.upsampling == "nearest" else {"align_corners": False}
-        large = F.interpolate(mask, images.shape[3:], mode=self.upsampling, **options)
-        large = blur(large, self.mask_blur)
+        large = blur(F.interpolate(mask, images.shape[3:], mode=self.upsampling), self.mask_blur)
         if self.upsampling == "bicubic":  # (values overshoot; a clamp would have no gradient at masks of 0 or 1)
             large = large + (large.clamp(0, 1) - large).detach()
         if offset is None or self.jitter == 1:

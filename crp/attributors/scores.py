@@ -13,13 +13,18 @@ from crp.attributors.target import Classes, Mask, Target
 from crp.engine.attached import check_composite, put_on
 from crp.engine.forward import check_columns, tensor_in
 from crp.engine.independence import check_independent
-from crp.engine.inputs import Inputs
+from crp.engine.inputs import Data, Inputs
 from crp.engine.probabilities import log_probabilities, probabilities
+from crp.engine.targets import _ONE_SCORE
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 from crp.layers.interrupts import atomic
 
 ScoreName = Literal["softmax", "log_softmax", "output"]
+_GIVE_TARGET = (
+    "give a target, such as crp.outputs.Position(-1, token) for a language model, or choose by output= what is "
+    "explained, as crp.outputs.segmentation() does"
+)
 
 
 def target_of(target: Any, n_samples: int) -> Target | None:
@@ -54,9 +59,8 @@ def known_target(target: Target | None, output: Tensor) -> Target:
         return target
     if output.dim() != 2:
         raise InputError(
-            f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; give a "
-            "target, such as crp.outputs.Position(-1, token) for a language model, or choose by output= what is "
-            "explained, as crp.outputs.segmentation() does"
+            f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; "
+            + (_ONE_SCORE if output.dim() == 1 else _GIVE_TARGET)
         )
     return Classes(output.detach().argmax(1))
 
@@ -96,7 +100,7 @@ def check_exclusive(score: ScoreName, output: object) -> None:
 @atomic
 def explaining(
     model: nn.Module, composite: Composite | None = None, select: Callable[[Any], Tensor] = tensor_in
-) -> Iterator[Callable[[Tensor], Tensor]]:
+) -> Iterator[Callable[[Data], Tensor]]:
     """Context with a function from inputs to the model's output, in evaluation mode. On leaving, all is as before.
 
     Parameters
@@ -111,11 +115,11 @@ def explaining(
     check_composite(composite)
     with put_on(composite, model) as modified:
 
-        def run(data: Tensor) -> Tensor:
+        def run(data: Data) -> Tensor:
             inputs = Inputs.of(data)
-            check_independent(modified, inputs, [range(len(data))], select)
+            check_independent(modified, inputs, [range(len(inputs))], select)
             output = select(inputs.run(modified))
-            check_columns("the model's output", output, len(data))
+            check_columns("the model's output", output, len(inputs))
             return output
 
         yield run

@@ -72,7 +72,7 @@ class ShapleySampling(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and Shapley values."""
-        absent = _baselines(self.baseline, inputs)
+        absent = _baselines(self.baseline, inputs, self.model)
         explained = inputs.explained
         players = self._players(explained)
         n_players = 1 + max(int(numbers.max()) for numbers in players)

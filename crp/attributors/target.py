@@ -11,9 +11,19 @@ from torch import Tensor
 
 from crp.concepts import as_ids
 from crp.engine.forward import tensor_in
-from crp.engine.targets import Element, Pixels, Position, check_target, check_targets_exist, initial_relevance
+from crp.engine.targets import (
+    _ONE_SCORE,
+    Element,
+    Pixels,
+    Position,
+    _axes_told,
+    check_target,
+    check_targets_exist,
+    initial_relevance,
+)
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.types import MaskFn
+from crp.wording import shortened
 
 _PLACES = (Position, Pixels, Element)
 
@@ -101,7 +111,8 @@ class Target:
         except TypeError:
             raise InputTypeError(
                 "target must be a class, a list or tensor of classes (one for each sample), a float mask of the "
-                f"output's shape, a function of the output, or a Neuron; not {value!r}"
+                "output's shape, a function of the output, a Neuron, or one of crp.outputs, such as "
+                f"Element((class, row, column)); not {shortened(value)}"
             ) from None
 
 
@@ -131,12 +142,14 @@ class Classes(Target):
         if output.dim() < 2:
             raise InputError(
                 f"the model's output has shape {tuple(output.shape)}, which has no axis of classes; "
-                "give a function of the output as target"
+                f"{_ONE_SCORE}. Or give a function of the output as target"
             )
         size = output.shape[1]
         wrong = self.ids[(self.ids < -size) | (self.ids >= size)]
         if len(wrong):
-            raise OutOfRangeError(f"target {int(wrong[0])} is out of range: the model has outputs 0 to {size - 1}")
+            raise OutOfRangeError(
+                f"target {int(wrong[0])} is out of range: the model has outputs 0 to {size - 1}" + _axes_told(output)
+            )
         rows = torch.arange(len(output), device=output.device)
         return output[rows, self.ids.to(output.device)].reshape(len(output), -1).sum(1)
 

@@ -12,8 +12,9 @@ from crp.visualization.mining.text_batches import Asked
 
 
 def _one_for_each(values: Any, n_samples: int, what: str) -> list[int]:
-    """Classes that a user gives, which must be one for each sample."""
-    classes = as_ids(values, what=what)
+    """Classes that a user gives: a number for all samples, or one for each."""
+    is_number = isinstance(values, int) or getattr(values, "ndim", 1) == 0
+    classes = as_ids(values, what=what) * (n_samples if is_number else 1)
     if len(classes) != n_samples:
         raise InputError(f"there are {len(classes)} {what} for {n_samples} samples")
     return classes
@@ -21,8 +22,7 @@ def _one_for_each(values: Any, n_samples: int, what: str) -> list[int]:
 
 def _named_concepts(concept_ids: Any, layer: str) -> list[int]:
     """Concepts of a layer that a user names, at least one."""
-    ids = as_ids(concept_ids, layer)
-    if not ids:
+    if not (ids := as_ids(concept_ids, layer)):
         raise InputError("concept_ids is empty; name at least one concept")
     return ids
 

@@ -75,7 +75,7 @@ class AuditedSample(NamedTuple):
     sample: int | None = None
 
     def __str__(self) -> str:
-        over, under = (", ".join(f"{u.name} ({u.difference:+.3f})" for u in uses) for uses in (self.over, self.under))
+        over, under = (", ".join(f"{u.name} ({u.difference:+.2g})" for u in uses) for uses in (self.over, self.under))
         return (
             f"class {self.predicted}, percentile {self.percentile:.1f}, prototype {self.prototype} as in sample "
             f"{self.nearest}; more of {over or 'nothing'}; less of {under or 'nothing'}"
@@ -107,8 +107,8 @@ def audit(
         Concept type of their layer.
     k : int
         Number of concepts listed.
-    targets : sequence of int, optional
-        Classes in place of the predicted ones.
+    targets : int or sequence of int, optional
+        Class of all samples or of each, in place of the predicted ones.
     table : Table, optional
         From which references of the concepts are taken.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from zennit.core import Composite
 
-from crp.audit.asked import predicted_by
+from crp.audit.asked import _one_for_each, predicted_by
 from crp.concepts import mask_of
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.attached import put_on
@@ -23,12 +23,12 @@ _TOGETHER = 32
 
 
 def read_texts(
-    fv: FeatureVisualization, samples: Sequence[int], targets: Sequence[int] | None
+    fv: FeatureVisualization, samples: Sequence[int], targets: int | Sequence[int] | None
 ) -> tuple[list[Asked], list[int]]:
     """Texts of the data set, and a target for each: a class, or a token at the position that is explained."""
     texts = [read_text(fv.dataset, sample, fv.device) for sample in samples]
     if targets is not None:
-        return texts, list(targets)
+        return texts, _one_for_each(targets, len(texts), "targets")
     return texts, [predicted_by(fv.attribution, text)[0] for text in texts]
 
 

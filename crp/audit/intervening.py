@@ -49,7 +49,7 @@ def intervene(
     layer: str,
     concept: Concept,
     concept_ids: Sequence[int],
-    targets: Sequence[int],
+    targets: int | Sequence[int],
     *,
     scale: float = 0.0,
     patch: Tensor | None = None,
@@ -66,8 +66,8 @@ def intervene(
         Its concepts are changed at all positions.
     concept_ids : sequence of int
         One at a time.
-    targets : sequence of int
-        Output of each sample that is looked at.
+    targets : int or sequence of int
+        Output that is looked at, of all samples or of each.
     scale : float
         What the concept's part of the activation is multiplied by; 0 switches it off.
     patch : Tensor of the shape of the data, optional

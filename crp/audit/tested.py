@@ -70,7 +70,7 @@ def interventions(
     samples: Sequence[int],
     concept_ids: Sequence[int] | None = None,
     *,
-    targets: Sequence[int] | None = None,
+    targets: int | Sequence[int] | None = None,
     scale: float = 0.0,
     patch: Sequence[int] | None = None,
 ) -> Interventions:
@@ -87,8 +87,8 @@ def interventions(
         Of the data set; all are passed together, and texts one after the other.
     concept_ids : sequence of int, optional
         All of the layer by default.
-    targets : sequence of int, optional
-        Outputs that are looked at; by default, those predicted.
+    targets : int or sequence of int, optional
+        Outputs that are looked at, one for all or for each; by default, those predicted.
     scale : float
         As in `intervene`.
     patch : sequence of int, optional
@@ -130,7 +130,7 @@ def read_samples(
     layer: str,
     samples: Sequence[int],
     concept_ids: Sequence[int] | None,
-    targets: Sequence[int] | None,
+    targets: int | Sequence[int] | None,
     what: str,
 ) -> tuple[np.ndarray, np.ndarray, Tensor | list[Asked], list[int]]:
     """Numbers of samples, concept ids, data, and a target for each sample: those given, or all and those predicted.

@@ -70,7 +70,7 @@ def prototypes_command(
     from crp.visualization.table.store import Table
 
     table = Table.open(folder)
-    chosen = [find_class(name, _class_names(table)) for name in classes] or None
+    chosen = [find_class(name, table.header.class_names) for name in classes] or None
     found = prototypes(table, layer, range(1, 7) if n is None else n, classes=chosen, covariance=covariance, seed=seed)
     if save is not None:
         found.save(save)
@@ -195,7 +195,7 @@ def clusters_command(
     from crp.visualization.table.store import Table
 
     table = Table.open(folder)
-    target = find_class(of_class, _class_names(table))
+    target = find_class(of_class, table.header.class_names)
     found = clusters(table, layer, target, what=what, n=n, n_neighbours=neighbours, seed=seed)
     if export is not None:
         try:
@@ -351,11 +351,6 @@ def _describe(table: Table, layer: str) -> Callable[[int], str]:
         return "concept {}".format
 
 
-def _class_names(table: Table) -> list[str]:
-    known = table.header.recipe.get("class_names")
-    return list(map(str, known)) if isinstance(known, list) else []
-
-
 def _class_name(table: Table, of_class: int) -> str:
-    names = _class_names(table)
+    names = table.header.class_names
     return names[of_class] if 0 <= of_class < len(names) else f"class {of_class}"

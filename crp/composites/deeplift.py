@@ -31,9 +31,11 @@ from crp.rules.products import (
     QuotientDifference,
     SelectionDifference,
     SoftmaxDifference,
-    TakenApart,
+    _written_attention,
 )
+from crp.rules.shared import _WrittenOut
 
+_WRITTEN_OUT = {"scaled_dot_product_attention": _written_attention}
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
 
 
@@ -116,7 +118,7 @@ class DeepLift(Composite):
             (Having.of("softmax"), SoftmaxDifference()),
             (Functions(("glu",)), GLUDifference()),
             (Having.of("selection"), SelectionDifference()),
-            (Functions(("scaled_dot_product_attention",)), TakenApart()),
+            (Functions(tuple(_WRITTEN_OUT)), _WrittenOut("DeepLift", _WRITTEN_OUT)),
         ]
         if variant == "reveal_cancel":
             rules = [(Kind("convolution"), Affine()), (Kind("dense"), Affine()), *rules]

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from torch import Tensor, nn
 from zennit.types import Convolution, Linear
 
 from crp.composites.base import Canonizers, Composite, FirstMap, LayerMap, NameMap
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind, Types
+from crp.notices import warn
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
 from crp.rules.attention import Attention, DotProductAttention, MatrixProduct, _check_attention, _ConstantWeights
 from crp.rules.functional import GLU, Gate, Gates, Normalization, Quotient
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
-from crp.rules.shared import _ByGrid, _OfSquares, _Proportional, _Refused, _Solved
+from crp.rules.shared import _ByGrid, _OfFactors, _OfSquares, _Proportional, _Refused, _Softmax, _Solved
 from crp.rules.stabilizer import Stabilize
 
 
@@ -57,7 +59,7 @@ def _base(
     if attention is not None:
         products = [
             (Functions(("scaled_dot_product_attention",)), DotProductAttention(attention)),
-            (Having.of("softmax"), _Proportional()),
+            (Having.of("softmax"), _Softmax()),
             (Kind("product"), MatrixProduct(attention)),
         ]
     return [
@@ -71,6 +73,7 @@ def _base(
         (Functions(("var",)), _OfSquares()),
         (Functions(("grid_sample",)), _ByGrid()),
         (Functions(("linalg_solve", "linalg_solve_triangular")), _Solved()),
+        (Functions(("prod",)), _OfFactors()),
         (Functions(("prelu",)), refused),
         *products,
         (Having.of("attention"), refused),
@@ -141,6 +144,17 @@ class LRP(_OfDegreeOne):
             name_map=name_map,
             at_input=[] if first is None else [(types, first)],
         )
+
+    def _leave(self, module: nn.Module | None = None, args: Any = (), output: Any = None) -> None:
+        born, self._attachment.softmaxes = self._attachment.softmaxes, 0
+        note = self._attachment.notes.of(output) if born and isinstance(output, Tensor) else None
+        super()._leave(module, args, output)
+        if note is not None and note.flags & born and not self._depth:
+            warn(
+                "the model ends in a softmax, which hands back almost nothing of a class that is sure: samples cannot "
+                "be compared by their relevance. Explain the logits, with nn.Identity() in place of the softmax, or "
+                "say by layer_map=[(nn.Softmax, None)] that it is meant"
+            )
 
 
 class _OnConvolutions(LRP):

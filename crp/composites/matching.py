@@ -111,8 +111,6 @@ class Matching:
         first, context = first and kind in AFFINE, self._context
         if self.positions and not (self._has_exempt and any(number == 0 for number, _ in context)):
             context = context + self._positions(known, kind, operands)
-            if self.is_counting:
-                return Choice(None, True, "")
         for number, alone in context:
             entry = self.entries[number]
             if entry.rule is None or entry.position is not None or _treats(entry.rule, known, kind, several, alone):
@@ -123,6 +121,8 @@ class Matching:
         choice = self._choices.get(key)
         if choice is None:
             choice = self._choices[key] = self._match(known, kind, first, several, dict(context))
+        if self.is_counting and (choice.rule is None or choice.rule.written_out is None):
+            return Choice(None, True, "")
         return choice
 
     def _match(self, known: Function, kind: str, first: bool, several: bool, context: Mapping[int, bool]) -> Choice:

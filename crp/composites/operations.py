@@ -129,22 +129,26 @@ class Operations(SeeingMode):
         if choice.is_method and account is None and self.seen is None:
             return self._read_by(op) if self.attachment.rectifiable else op.function(*op.args, **op.kwargs)
         self._note_reading(op.inputs)
-        constant = None
+        constant = written = None
         if account is not None and not is_recording and (op.known.has("constant") or op.kind in AFFINE):
             constant = op.constant()
+        is_kept = account is not None and not choice.is_method and not is_recording
+        if is_kept and op.is_in_place:
+            op, written = op.out_of_place()  # (as it runs again below)
         result = op.run()
         target = op.args[0] if op.args and op.overwrites else result
         if is_recording or not any(tensor.requires_grad for tensor in tensors_in(target)):
-            return result
+            return result if written is None else written.copy_(result)
         if not choice.is_method:
             self._untreated[_in_words(op.known.name, self.innermost())] = None
         self._list(op.known.name, choice)
-        if account is not None and not choice.is_method and result is target:
+        if is_kept and result is target:
             # (a function without a rule keeps what its inputs do not explain, and the account must close)
             layer = Layer(
                 op.function, op.args, op.kwargs, tuple(op.inputs), op.known, place=self.place(), result=result
             )
-            return _Proportional().attach(self.attachment).operate(layer)
+            result = _Proportional().attach(self.attachment).operate(layer)
+            return result if written is None else overwritten(written, result)
         if account is not None and constant is not None and constant.any():
             target = account.absorb(self.place(), op.inputs[0], target, Shares(bias=constant))
             return None if result is None else target

@@ -30,6 +30,7 @@ from crp.engine.starts import Starts, distinct
 from crp.engine.taps import check_layers
 from crp.engine.targets import (
     _check_initial,
+    _warn_of_positions,
     all_positions,
     check_start,
     check_targets_exist,
@@ -364,6 +365,8 @@ class Call:
         settings, encoding, overridden = self.settings, passed.encoding, self.overrides.relevance_init
         targets = rows.targets(settings.output_name) if settings.start is None else None
         check_targets_exist(targets, prediction, settings.output_name, rows.places)
+        if passed.inputs.embedded:
+            _warn_of_positions(targets, prediction, passed.inputs)
         lengths = (len(self.rows), self.batch_size or len(self.rows))
         initial = init_of_rows(settings.init_rel, rows.places, prediction, lengths)
         if initial is None and encoding.starts_from_one and overridden is None:

@@ -15,8 +15,7 @@ from crp.engine.call import Call
 def with_copies(call: Call) -> Call:
     """The same call with copies of what it was given, so that changes between its parts have no effect."""
     given = call.settings
-    masks, init_rel = copied(given.mask_map), copied(given.init_rel)
-    settings = replace(given, record=tuple(given.record), mask_map=masks, init_rel=init_rel)
+    settings = replace(given, record=(*given.record,), mask_map=copied(given.mask_map), init_rel=copied(given.init_rel))
     rows = replace(call.rows, conditions=tuple(copied({**condition}) for condition in call.rows.conditions))
     return replace(call, inputs=call.inputs.each(torch.clone), rows=rows, settings=settings)
 

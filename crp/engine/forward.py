@@ -278,8 +278,11 @@ def tensor_in(output: Any) -> Tensor:
     if isinstance(output, Mapping):
         output = output.get("logits", output)
     if not isinstance(output, Tensor):
+        parts = list(output) if isinstance(output, Mapping) else [*range(len(output))] if type(output) is tuple else []
+        of_parts = f", and entry({parts[0]!r}) for one of its parts {parts}" if parts else ""
         raise InputTypeError(
             f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; choose the tensor "
             "to explain by output=, of CondAttribution or crp.explain: crp.outputs has segmentation() and detection()"
+            + of_parts
         )
     return output

@@ -6,6 +6,7 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from threading import get_ident
 from typing import Any
@@ -75,11 +76,11 @@ def check_independent(
 ) -> None:
     """Raise an `InputError` where what a model puts out for a sample depends on the samples beside it.
 
-    The model is given the first sample among others, and among others of another kind. That is done once for each
-    model, which is left as it was; where it has outputs of both kinds, at each call for the one that is explained.
-    A user's hooks see nothing of it, as nobody asked for these calls; what they change in the model is not looked at.
-    It is left out where modes of torch see each operation. Nothing is known of models that do not take such data, and
-    of those that draw random numbers, of which a warning tells.
+    The model is given the first sample among three others, or as many as there are, and among others of another kind.
+    That is done once for each model, which is left as it was; where it has outputs of both kinds, at each call for the
+    one that is explained. A user's hooks see nothing of it, as nobody asked for these calls; what they change in the
+    model is not looked at. It is left out where modes of torch see each operation. Nothing is known of models that do
+    not take such data, and of those that draw random numbers, of which a warning tells.
 
     Parameters
     ----------
@@ -93,27 +94,34 @@ def check_independent(
     """
     if model in _independent or all(len(samples) < 2 for samples in passes) or is_traced():
         return
-    try:
-        batches = [_among_others(inputs, factor) for factor in (0.0, 3.0)]
-        pair = [_run(model, batch, later) for batch, later in zip(batches, (False, True), strict=True)]
-        tolerance = _tolerance(inputs)
-        if _deviation(*(_of(returned, 1, 4) for returned in pair)) <= tolerance:
-            _independent.add(model)
-            return
-        off = _deviation(*(_of(select(returned), 1, 4) for returned in pair))
-        is_random = off > tolerance and _is_another(model, batches[0])
-    except Exception:  # (the model is run to be explained, too, and its error is told there)
-        return
-    if is_random:
-        _independent.add(model)
-        _tell_another(model)
-    if is_random or off <= tolerance:
+    off = 0.0
+    for number in (4, len(inputs)):  # (a model of one graph, whose nodes are taken for samples, takes no other number)
+        with suppress(Exception):  # (the model is run to be explained, too, and its error is told there)
+            off = _mixes(model, inputs, select, number)
+            break
+    if not off:
         return
     raise InputError(
         f"what {type(model).__name__} puts out for a sample depends on the samples beside it (by {percent(off)} of the "
         f"largest value){_culprits(model)}; relevance of one would be spread over all. Give one sample at a time, such "
-        "as by batch_size=1"
+        "as by batch_size=1; the nodes of a graph are one"
     )
+
+
+def _mixes(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any], number: int) -> float:
+    """Deviation of what is explained of a sample among so many; 0 where it is rounding, or by random numbers."""
+    batches = [_among_others(inputs, factor, number) for factor in (0.0, 3.0)]
+    pair = [_run(model, batch, later) for batch, later in zip(batches, (False, True), strict=True)]
+    tolerance = _tolerance(inputs)
+    if _deviation(*(_of(returned, 1, number) for returned in pair)) <= tolerance:
+        _independent.add(model)
+        return 0.0
+    off = _deviation(*(_of(select(returned), 1, number) for returned in pair))
+    if off > tolerance and _is_another(model, batches[0]):
+        _independent.add(model)
+        _tell_another(model)
+        return 0.0
+    return off if off > tolerance else 0.0
 
 
 def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
@@ -181,19 +189,19 @@ def _check_padding(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any
         )
 
 
-def _among_others(inputs: Inputs, factor: float) -> Inputs:
-    """Four samples: the second is the first of those given, and the other three are of another kind.
+def _among_others(inputs: Inputs, factor: float, number: int) -> Inputs:
+    """So many samples: the second is the first of those given, and the others are of another kind.
 
     These are that sample times factors that go from ``factor`` to 1 over its values, or the factors themselves where
     it is 0 everywhere. One factor for all values would not do: layers that normalize make the same of it. A model that
-    turns the order of samples round puts one of the three in the place of the second.
+    turns the order of four samples round puts one of the others in the place of the second.
     """
     batches = []
     for data in inputs.select([0]).explained:
         factors = torch.linspace(factor, 1, data.numel()).view(data.shape).to(data)
         other = data * factors if data.any() else factors
-        batches.append(torch.cat([other, data, other, other]))
-    return inputs.having(batches, torch.zeros(4, dtype=torch.int64))
+        batches.append(torch.cat([other, data, *[other] * (number - 2)]))
+    return inputs.having(batches, torch.zeros(number, dtype=torch.int64))
 
 
 @atomic

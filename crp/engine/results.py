@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ def results_of(
     for place, leaf, relevance in zip(inputs.names, inputs.explained, relevances_of_inputs, strict=True):
         explained = passed.of_rows(leaf, rows)
         explained.grad = relevance
-        # (so models of Hugging Face call embeddings of tokens, (rows, tokens, features))
-        sum_of = partial(sum_of_channels, axis=-1 if str(place).endswith("inputs_embeds") else 1)
+        sum_of = partial(sum_of_channels, axis=_channel_axis(str(place), explained.shape))
         heatmaps.append((heatmap_of or sum_of)(explained, settings.on_device))
     result = AttributionResults(
         passed.inputs.shaped(heatmaps),
@@ -75,11 +74,18 @@ def _own(settings: Settings, tensor: Tensor, is_shared: bool = False) -> Tensor:
     return tensor.to(settings.on_device) if settings.on_device else tensor
 
 
-def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None, axis: int = 1) -> Tensor:
+def _channel_axis(name: str, shape: torch.Size) -> int | None:
+    """Axis of channels, where an input has the name that models of Hugging Face give it; None where there is none."""
+    if name in ("input_values", "input_features") and len(shape) < 4 and shape[1] > 2:  # of a wave or spectrogram
+        return None
+    of_pictures = -3 if len(shape) > 3 else -1  # (also of videos, or of patches)
+    return of_pictures if name.startswith("pixel_values") else -1 if name.endswith("inputs_embeds") else 1
+
+
+def sum_of_channels(data: Tensor, on_device: torch.device | str | None = None, axis: int | None = 1) -> Tensor:
     """Heatmap from the relevance of an input, ``data.grad``; see `CondAttribution.heatmap_modifier`."""
-    assert data.grad is not None
-    heatmap = data.grad.detach()
-    heatmap = heatmap.sum(dim=axis) if heatmap.dim() > 1 else heatmap
+    heatmap = cast(Tensor, data.grad).detach()
+    heatmap = heatmap if axis is None or heatmap.dim() < 2 else heatmap.sum(dim=axis)
     return heatmap.to(on_device) if on_device else heatmap
 
 
@@ -88,10 +94,10 @@ def average(parts: Sequence[Part]) -> Part:
     if len(parts) == 1:
         return parts[0]
     first, _ = parts[0]
-    heatmap = _each([result.heatmap for result, _ in parts], _mean)
-    relevances = _each([result.relevances for result, _ in parts], _mean)
+    each = [(result.heatmap, result.relevances, inputs) for result, inputs in parts]
+    heatmap, relevances, inputs = _each(each, lambda tensors: torch.stack(list(tensors)).mean(0))
     result = AttributionResults(heatmap, first.activations, relevances, first.prediction, encoding=first.encoding)
-    return result, _each([of_inputs for _, of_inputs in parts], _mean)
+    return result, inputs
 
 
 def one_ahead(parts: Iterator[Part]) -> Iterator[Part]:
@@ -126,9 +132,8 @@ def in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
                     for row in torch.split(tensor, n)]  # fmt: skip
             return [rows[place] for place in order]
         joined = torch.cat(list(tensors))
-        if order == list(range(len(order))):
-            return joined
-        return joined[row_index(order, len(joined) // len(order))]
+        is_ordered = order == list(range(len(order)))
+        return joined if is_ordered else joined[row_index(order, len(joined) // len(order))]
 
     results = [result for result, _ in parts]
     result = AttributionResults(
@@ -138,10 +143,6 @@ def in_order(parts: Sequence[Part], order: Sequence[int]) -> Part:
         counted=_each([result.counted for result in results], join),
     )
     return result, [join(of_input) for of_input in zip(*(of_inputs for _, of_inputs in parts), strict=True)]
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(tensors)).mean(0)
 
 
 def _each(values: list[Any], combine: Callable[[Sequence[Tensor]], Tensor]) -> Any:

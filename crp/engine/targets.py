@@ -16,13 +16,18 @@ import torch
 from torch import Tensor
 
 from crp.engine.door import _as_kind
+from crp.engine.inputs import Inputs
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import is_flag
 from crp.layers.devices import send_to
+from crp.notices import warn
 from crp.outputs import Element as Element
 from crp.outputs import Pixels as Pixels
 from crp.outputs import Position as Position
 from crp.wording import shortened
+
+#: What to write where a model has one score for each sample, and no axis of classes.
+_ONE_SCORE = "with output=lambda scores: scores[:, None], a single score of each sample is class 0"
 
 
 def check_target(targets: Any, what: str) -> None:
@@ -52,16 +57,39 @@ def check_targets_exist(
         if prediction.dim() < 2:
             raise InputError(
                 f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
-                "Leave it out and give init_rel instead."
+                f"Leave it out and give init_rel instead, or choose the output: {_ONE_SCORE}"
             )
         (ids, places), size = _target_ids(target), prediction.shape[1]
         if ids.shape != (size,) if ids.dtype.kind == "b" else ((ids < -size) | (ids >= size)).any():
             raise OutOfRangeError(
                 f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}"
+                + _axes_told(prediction)
             )
         for place in places:
             _check_exists(place, tuple(prediction.shape[1:]), f"row {row}: {output_name!r}")
         _check_once(places, f"row {row}: {output_name!r}", tuple(prediction.shape[1:]))
+
+
+def _warn_of_positions(targets: Sequence[Any] | None, prediction: Tensor, inputs: Inputs) -> None:
+    """Warn where a class of a text is a position: axis 1 of the output is that of the tokens, all of it is summed."""
+    n_tokens = [tuple(embedded.values.shape[2:]) for embedded in inputs.embedded.values()]
+    if prediction.dim() != 3 or tuple(prediction.shape[1:2]) not in n_tokens:
+        return
+    numbers = [one for one in targets or () if one is not None and _target_ids(one)[0].size]
+    if numbers:
+        warn(
+            f"the target {shortened(numbers[0])} is a position of the text, as the output is of shape "
+            f"{tuple(prediction.shape[1:])} for each, and all of its {prediction.shape[2]} scores are summed; "
+            "crp.outputs.Position(position, token) is one of them"
+        )
+
+
+def _axes_told(prediction: Tensor) -> str:
+    """What a message adds on an output with more axes than that of classes, which a class is then summed over."""
+    if prediction.dim() != 3:
+        return ""
+    shape = tuple(prediction.shape[1:])
+    return f", the first axis of {shape} for each sample; Position({shape[0] - 1}, token) is a token at a position"
 
 
 def initial_relevance(prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:

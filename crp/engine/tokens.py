@@ -20,7 +20,7 @@ from crp.engine.attached import put_on
 from crp.errors import InputError, OutOfRangeError
 from crp.layers import hooked, looking, modules_of
 from crp.layers.interrupts import atomic
-from crp.layers.misfits import unknown_ids
+from crp.layers.misfits import telling_misfits, unknown_ids
 
 #: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
 _calls = count()
@@ -38,6 +38,15 @@ class Embedded(NamedTuple):
 
     layer: str
     values: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, layer: str, ids: Tensor, name: int | str) -> Embedded:
+        """Embeddings that a layer has of ids."""
+        module = modules_of(model)[layer]
+        assert isinstance(module, nn.Embedding)
+        _check_range(ids, name, layer, module)
+        with torch.no_grad(), looking():
+            return cls(layer, module(ids.to(module.weight.device)).movedim(-1, 1).contiguous())
 
 
 def can_embed(model: nn.Module, ids: object) -> bool:
@@ -80,11 +89,7 @@ def embed(model: nn.Module, values: Mapping[Any, Any], name: int | str) -> Embed
     # (the probe for the layer would fail at an id that no layer has)
     _check_range(values[name], name, *max(layers.items(), key=lambda item: item[1].num_embeddings))
     layer = _layer_of_ids(model, layers, values, name)
-    module = layers[layer]
-    _check_range(values[name], name, layer, module)
-    ids = values[name].to(module.weight.device)
-    with torch.no_grad(), looking():
-        return Embedded(layer, module(ids).movedim(-1, 1).contiguous())
+    return Embedded.of(model, layer, values[name], name)
 
 
 def _check_range(ids: Tensor, name: int | str, layer: str, module: nn.Embedding) -> None:
@@ -117,7 +122,8 @@ def _layer_of_ids(
     hooks: dict[nn.Module, Any] = {module: partial(note, layer) for layer, module in layers.items()}
     with hooked(hooks, with_kwargs=True), looking(), put_on(None, model), torch.no_grad():
         by_position = [value for key, value in one.items() if isinstance(key, int)]
-        model(*by_position, **{key: value for key, value in one.items() if isinstance(key, str)})
+        with telling_misfits(model, [], values):
+            model(*by_position, **{key: value for key, value in one.items() if isinstance(key, str)})
     if len(readers) != 1:
         raise InputError(
             f"{'no layer looks' if not readers else f'layers {list(readers)} look'} up the embeddings of input "

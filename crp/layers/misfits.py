@@ -29,7 +29,8 @@ def telling_misfits(model: object, explained: Iterable[Tensor], arguments: Mappi
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        problem = None if isinstance(error, CRPError) else _misfit(error, model, explained, arguments)
+        known = isinstance(error, CRPError)
+        problem = None if known else _misfit(error, model, explained, arguments) or _lone_text(error, arguments)
         if problem is None:
             raise
         raise problem from error
@@ -92,6 +93,17 @@ def _misfit(
             f"{remedy}"
         )
     return None
+
+
+def _lone_text(error: BaseException, arguments: Mapping[int | str, Any]) -> InputError | None:
+    """What is wrong where all that a model gets are ids without an axis of samples."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    if not tensors or any(value.dim() != 1 or value.is_floating_point() for value in tensors):
+        return None
+    return InputError(
+        f"the model cannot take ids of shape {tuple(tensors[0].shape)}, which are one for each sample: give ids[None] "
+        f"for a single text ({error})"
+    )
 
 
 def unknown_ids(ids: Tensor, layer: nn.Embedding) -> Tensor:

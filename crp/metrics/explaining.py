@@ -20,6 +20,7 @@ from crp.attributors.gradient import Gradient
 from crp.attributors.perturbation import MeaningfulPerturbation
 from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Target
+from crp.engine.inputs import Data
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 from crp.metrics.scoring import Output
@@ -130,6 +131,13 @@ def _relevance_by(
     return torch.cat(parts)
 
 
+def _relevance_of(method: Method, model: nn.Module, data: Data, target: Target, output: Output, like: Tensor) -> Tensor:
+    """Relevance of texts, or of one of several inputs, in the shape of ``like``: functions get both as they are."""
+    if isinstance(method, str | Composite | type):
+        return _check_relevance(_explain(method, model, data, target, output, {}), like)
+    return _check_relevance(method(model=model, inputs=data, targets=target), like)
+
+
 def _as_array(tensor: Tensor) -> Array:
     """Array of the same numbers; numpy has no bfloat16."""
     tensor = tensor.detach().cpu()
@@ -187,8 +195,8 @@ def _tensors(model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Tenso
 def _explain(
     method: str | Composite | type,
     model: nn.Module,
-    data: Tensor,
-    target: Tensor,
+    data: Data,
+    target: Tensor | Target,
     output: Output,
     options: dict[str, Any],
 ) -> Tensor:

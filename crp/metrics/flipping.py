@@ -8,20 +8,21 @@ should stay). The area between the two curves is large for a good explanation (A
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from crp.attributors.backgrounds import Background, make_background
+from crp.attributors.baselines import _baselines, _is_whole
 from crp.attributors.scores import ScoreName
 from crp.checks import check_choice, check_number
 from crp.engine.door import check_seed
-from crp.engine.inputs import check_data
+from crp.engine.inputs import Data, Inputs, check_data
 from crp.errors import InputError
 from crp.flags import check_flags
-from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by
-from crp.metrics.scoring import Labels, Output, Scorer, area
+from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by, _relevance_of
+from crp.metrics.scoring import Labels, Output, Places, Scorer, area
 
 Order = Literal["most", "least"]
 
@@ -79,8 +80,8 @@ class Selectivity(NamedTuple):
 
 def pixel_flipping(
     model: nn.Module,
-    data: Tensor,
-    target: Labels = None,
+    data: Data,
+    target: Places = None,
     explain_func: Method | None = None,
     *,
     relevance: Tensor | Array | None = None,
@@ -99,11 +100,15 @@ def pixel_flipping(
     Parameters
     ----------
     model : nn.Module
-    data : Tensor of shape (batch, channels, *space) or (batch, features)
+    data : Tensor of shape (batch, channels, *space) or (batch, features), or tuple or dict of inputs
+        Token ids, of shape (batch, tokens), have a feature for each token, which their embeddings are replaced for. Of
+        several inputs, the one that is explained by default is flipped.
     target : int, sequence of int, Tensor or None
-        One class for all samples or one for each; None for what the model predicts.
+        One class for all samples or one for each; None for what the model predicts. With ``score="output"``, also what
+        `crp.outputs` has, such as ``Position(-1, token)``.
     explain_func : method, optional
-        A function in the form of Quantus, a composite, an attributor's class or a name.
+        A function in the form of Quantus, a composite, an attributor's class or a name. Of token ids or several inputs,
+        a function gets data and target as they are.
     relevance : Tensor or array, optional
         In place of ``explain_func``: of the data's shape, or heatmaps of shape (batch, *space).
     patch : int
@@ -115,12 +120,13 @@ def pixel_flipping(
         Whether a position is replaced in all channels, or each value counts for itself.
     replacement : str, float, Tensor or callable
         ``"mean"``, ``"blur"``, a number, a function of the data and so on, see
-        `crp.attributors.backgrounds.make_background`.
+        `crp.attributors.backgrounds.make_background`. Of token ids, whole numbers are ids, such as that of a mask.
     sigma : float
         Of the blur, in pixels.
     score : "softmax", "log_softmax" or "output"
     batch_size : int
-        Inputs per forward pass, of all samples and steps.
+        Inputs per forward pass, of all samples and steps: twice for each step of a sample, so that a picture of 224
+        pixels with ``patch=8`` takes 1570.
     seed : int
         Of ``"noise"``.
     output : callable, optional
@@ -141,17 +147,37 @@ def pixel_flipping(
         check_number(name, value, 1, whole=True)
     check_choice("channels", channels, Literal["together", "apart"])
     check_seed(seed)
-    check_data(data)
     if (explain_func is None) == (relevance is None):
         raise InputError("give either explain_func or relevance")
-    explain = None if explain_func is None else _as_explain_func(explain_func, output)
-    given = None if relevance is None else _check_relevance(relevance, data)
-    scorer = Scorer(model, data, target, score, batch_size, output)
-    if given is None:
-        assert explain is not None
-        given = _relevance_by(explain, model, data, scorer.classes)
-    filled = make_background(replacement, data, sigma, torch.Generator().manual_seed(seed))
-    place, values = _features(given, data, patch, channels)
+    if isinstance(data, list):
+        check_data(cast(Tensor, data))
+    inputs = Inputs.of(data, None, model)
+    inputs.check()
+    if len(inputs.names) > 1:
+        raise InputError(
+            f"one input can be flipped, and {', '.join(map(repr, inputs.names))} are floating-point tensors"
+        )
+    (original,) = inputs.explained
+    given = None if relevance is None else _check_relevance(relevance, original)
+    if explain_func is not None:
+        explain = _as_explain_func(explain_func, output)
+    scorer = Scorer(model, inputs, target, score, batch_size, output)
+    if given is None and explain_func is not None:
+        if inputs.form == "tensor" and not inputs.embedded:
+            given = _relevance_by(explain, model, original, scorer.classes)
+        else:
+            given = _relevance_of(explain_func, model, data, scorer.target, output, original)
+    if inputs.embedded and _is_whole(replacement):
+        (filled,) = _baselines(replacement, inputs, model)
+    else:
+        filled = make_background(replacement, original, sigma, torch.Generator().manual_seed(seed))
+    return _flip(scorer, original, filled, cast(Tensor, given), patch, step, channels)
+
+
+def _flip(
+    scorer: Scorer, data: Tensor, filled: Tensor, relevance: Tensor, patch: int, step: int, channels: str
+) -> Flipping:
+    place, values = _features(relevance, data, patch, channels)
     count = values.shape[1]
     steps = -(-count // step)
     curves = [

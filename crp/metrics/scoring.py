@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from crp.attributors.scores import ScoreName, check_exclusive, explaining, known_target, score_of, target_of
 from crp.attributors.selected import Selected, checked_output
-from crp.attributors.target import Classes
+from crp.attributors.target import Classes, Target, _Places
 from crp.checks import check_choice, check_number
 from crp.engine.forward import tensor_in
-from crp.engine.inputs import check_data
+from crp.engine.inputs import Data, Inputs, check_data
+from crp.engine.targets import Element, Pixels, Position
 from crp.errors import InputError, InputTypeError
 
 #: One class for all samples, one for each, or None for what the model predicts.
 Labels: TypeAlias = int | Sequence[int] | Tensor | None
+#: The same, or tokens at a position of texts, or other places in a dense output.
+Places: TypeAlias = Labels | Position | Pixels | Element | Sequence[Position | Pixels | Element]
 #: Takes what is explained from what a model returns.
 Output: TypeAlias = Callable[[Any], Any] | None
 
@@ -29,8 +32,8 @@ class Scorer:
     Parameters
     ----------
     model : nn.Module
-    data : Tensor of shape (batch, *input shape)
-    target : int, sequence of int, Tensor or None
+    data : Tensor of shape (batch, *input shape), or Inputs that are checked
+    target : int, sequence of int, Tensor or None; or places
     score : "softmax", "log_softmax" or "output"
     batch_size : int
         Inputs per forward pass.
@@ -39,40 +42,56 @@ class Scorer:
 
     Attributes
     ----------
-    classes : Tensor of shape (batch,), int64
+    inputs : Inputs
+    target : Target
+        For each sample.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        data: Tensor,
-        target: Labels,
+        data: Tensor | Inputs,
+        target: Places,
         score: ScoreName,
         batch_size: int,
         output: Output = None,
     ) -> None:
-        check_data(data)
+        if not isinstance(data, Inputs):
+            check_data(data)
+        self.inputs = inputs = Inputs.of(data)
         check_choice("score", score, ScoreName)
         batch_size = check_number("batch_size", batch_size, 1, whole=True)
-        asked = target_of(target, len(data))
-        if asked is not None and not isinstance(asked, Classes):
+        asked = target_of(target, len(inputs))
+        if asked is not None and not isinstance(asked, Classes | _Places):
             raise InputTypeError(
                 f"target must be a class, one per sample, or None for what is predicted, not {target!r}"
             )
+        if isinstance(asked, _Places) and score != "output":
+            raise InputError(f"score={score!r} is of classes; that of places in the output is 'output'")
         self.model, self.score, self.batch_size, self.output = model, score, batch_size, checked_output(output)
         check_exclusive(score, output)
         with self._running() as run, torch.no_grad():
             if asked is None:
-                known = [known_target(None, run(part)) for part in torch.split(data, self.batch_size)]
-                ids = torch.cat([part.ids for part in known if isinstance(part, Classes)])
+                parts = torch.split(torch.arange(len(inputs)), self.batch_size)
+                known = [known_target(None, run(inputs.select(part.tolist()))) for part in parts]
+                self.target: Target = Classes(torch.cat([part.ids for part in known if isinstance(part, Classes)]))
             else:
-                scores = run(data[:1])
-                for label in set(asked.ids.tolist()):
-                    Classes(label).score(scores)  # raises if there is no such class
-                ids = asked.ids.expand(len(data)).remainder(scores.shape[1])
-        self.classes = ids.to(data.device)
+                scores = run(inputs.select([0]))
+                self.target = asked if isinstance(asked, _Places) else self._each(asked, scores)
 
-    def _running(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+    @property
+    def classes(self) -> Tensor:
+        """Class of each sample, of shape (batch,); a `TypeError` where places are scored."""
+        if not isinstance(self.target, Classes):
+            raise InputTypeError("target must be a class, one per sample, or None for what is predicted, not a place")
+        return self.target.ids.to(self.inputs.explained[0].device)
+
+    def _each(self, asked: Classes, scores: Tensor) -> Classes:
+        for label in set(asked.ids.tolist()):
+            Classes(label).score(scores)  # raises if there is no such class
+        return Classes(asked.ids.expand(len(self.inputs)).remainder(scores.shape[1]))
+
+    def _running(self) -> AbstractContextManager[Callable[[Data], Tensor]]:
         select = tensor_in if self.output is None else Selected(Classes(0), self.output).select
 
         def scores(returned: Any) -> Tensor:
@@ -89,7 +108,8 @@ class Scorer:
         Parameters
         ----------
         make : callable
-            From indices of shape (k,) into ``samples`` to inputs of shape (k, *input shape).
+            From indices of shape (k,) into ``samples`` to what is in place of the input that is explained, of shape
+            (k, *input shape).
         samples : Tensor of shape (n,)
             Which sample each input was made from.
 
@@ -100,7 +120,8 @@ class Scorer:
         scores = []
         with self._running() as run, torch.no_grad():
             for index in torch.split(torch.arange(len(samples), device=samples.device), self.batch_size):
-                scores.append(score_of(run(make(index)), Classes(self.classes[samples[index]]), self.score))
+                inputs = self.inputs.having([make(index)], samples[index])
+                scores.append(score_of(run(inputs), self.target.rows(samples[index]), self.score))
         return torch.cat(scores)
 
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -67,6 +67,8 @@ class Attachment:
         Outputs, by `id`, of operations whose rule is simpler if a ReLU follows; see `crp.rules.gamma`.
     rectified : WeakIdKeyDictionary
         Weights of operations whose output was read by a ReLU: a hint, which saves work and changes no number.
+    softmaxes : int
+        What those were born of (`crp.rules.notes.Born`) that a softmax without a rule of the user's has made.
     """
 
     #: Whether constants, such as biases, keep a share of the relevance.
@@ -77,6 +79,7 @@ class Attachment:
     notes: Notes = field(default_factory=Notes)
     rectifiable: dict[int, Any] = field(default_factory=dict)
     rectified: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    softmaxes: int = 0
 
     def clear(self) -> None:
         """Forget past forward passes."""
@@ -109,7 +112,8 @@ class Rule(_Stabilized, Hook):  # type: ignore[misc]
     adds_up = False  #: whether the output is the sum of the terms, so that the operation itself need not be run
     #: Whether the rule takes weights apart, and so treats sums of weighted inputs only.
     needs_weight: ClassVar[bool] = False
-    written_out: ClassVar[Callable[..., Any] | None] = None  #: run in place of a call; what it calls has rules
+    #: By name of a function, what is run in its place; what that calls has rules.
+    written_out: Mapping[str, Callable[..., Any]] | None = None
     settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params")  #: attributes that `__repr__` shows
 
     def __init__(

@@ -64,7 +64,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     # --- sums of weighted inputs ---
     ("convolution", "linear constant", "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
     ("convolution", "linear constant", "convolution"),
-    ("dense", "linear constant", "linear addmm"),
+    ("dense", "linear constant", "linear addmm sparse_addmm"),
     ("dense", "constant", "addbmm addmv baddbmm"),
     ("dense", "homogeneous bilinear", "einsum matmul rmatmul mm mv"),
     ("dense", "bilinear", "bilinear bmm dot grouped_mm inner tensordot"),
@@ -108,6 +108,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "step rescaled elementwise", "ceil floor round sign trunc"),
     ("", "step elementwise", "floor_divide floordiv heaviside rfloordiv sgn"),
     ("activation", "", "glu"),
+    ("", "", "prod"),
     # --- normalizations and statistics ---
     ("normalization", "identity constant", "batch_norm"),
     ("normalization", "identity", "local_response_norm normalize"),
@@ -129,7 +130,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous linear sign between", "mean sum"),
     ("", "arithmetic homogeneous linear elementwise scales", "neg positive"),
     ("", "homogeneous linear between", "interpolate upsample"),
-    ("", "homogeneous linear", "cumsum diff nansum fold"),
+    ("", "homogeneous linear", "coalesce cumsum diff fold nansum sparse_coo_tensor to_dense to_sparse"),
     ("", "homogeneous linear selection", "index_add"),
     ("", "homogeneous linear constant", "complex"),
     ("", "homogeneous linear constant selection indexes", "scatter_add"),
@@ -158,9 +159,9 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (
         "",
         "homogeneous linear selects copies elementwise",
-        "alias cpu cuda identity resolve_conj resolve_neg to_copy type type_as",
+        "alias as_tensor cpu cuda identity resolve_conj resolve_neg to_copy type type_as",
     ),
-    ("", "homogeneous linear selects", "broadcast_tensors tril triu"),
+    ("", "homogeneous linear selects", "broadcast_tensors pack_padded_sequence pad_packed_sequence tril triu"),
     ("", "homogeneous selection selects copies indexes", "gather index_select take_along_dim"),
     ("", "homogeneous linear constant selects copies sign", "cat"),
     ("", "homogeneous linear constant selects copies", "dstack hstack pad stack vstack"),
@@ -219,7 +220,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "clamp": ("input", "min", "max"),
     "clamp_min": ("input", "min"),
     "clamp_max": ("input", "max"),
-    **dict.fromkeys(("softmax", "log_softmax", "softmin"), ("input", "dim")),
+    **dict.fromkeys(("prod", "softmax", "log_softmax", "softmin"), ("input", "dim")),
     **dict.fromkeys(("add", "div", "mul", "rsub", "sub"), ("input", "other")),
     "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
     **{

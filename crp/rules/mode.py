@@ -171,7 +171,7 @@ class SeeingMode(TorchFunctionMode):
         apart = None if choice.rule is None else choice.rule.written_out
         if apart is not None and not op.known.operands:
             with self:
-                return apart(*op.args, **op.kwargs)
+                return apart[op.known.canonical](*op.args, **op.kwargs)
         # (operands may be overwritten, and then nothing is known)
         passed = _passed(op, self.notes)
         parts = self._parts(op) if self.notes.has_parts or op.known.canonical in BEGINNING else None
@@ -232,12 +232,18 @@ class SeeingMode(TorchFunctionMode):
         """An operation as a rule sees it."""
         inputs, operands = tuple(op.inputs), op.operands
         layer = Layer(op.function, op.args, op.kwargs, inputs, op.known, operands, self.place(), locate=self.innermost)
+        for tensor in inputs:
+            if tensor.layout in _SPARSE:
+                raise NotImplementedError(
+                    f"{layer} reads a sparse tensor that depends on the model's input, and rules treat dense ones; "
+                    "make it dense by .to_dense(), or give None in layer_map for the ordinary chain rule"
+                )
         if len(inputs) > 1:
             layer.born = tuple(map(self.notes.born, inputs))
         if operands is not None:
             layer.inputs = (operands.a,)
             if operands.added is not None:  # (it is added to what the rule returns)
-                layer.function, layer.args, layer.kwargs = operands.run, (operands.a, operands.weight, None), {}
+                layer.function, layer.args, layer.kwargs = operands.run, operands[:3], {}
         layer.nonnegative = self.notes.nonnegative(layer.inputs[0])
         return layer
 
@@ -309,6 +315,7 @@ class SeeingMode(TorchFunctionMode):
         return ""
 
 
+_SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 _DERIVATIVES = frozenset({"grad", "backward"})
 #: Functions that are several others; these are given how they add up.
 _WRITTEN_OUT: dict[str, Callable[..., Tensor]] = {

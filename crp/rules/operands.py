@@ -23,7 +23,7 @@ class Operands(NamedTuple):
         What depends on the model's input.
     weight : Tensor
     bias : Tensor or None
-        What is added, if it is constant.
+        What is added, if it is constant and finite.
     run : callable
         ``run(a, weight, bias)`` is the call with other operands.
     space : int
@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     convolves : bool
         Whether the weight is a kernel of shape (outputs, inputs in a group, *kernel shape), whose outputs sum up ``a``.
     added : Tensor or None
-        What is added, if it depends on the model's input; `run` does not add it.
+        What else is added, which depends on the model's input, or is infinite; `run` does not add it.
     """
 
     a: Tensor
@@ -124,7 +124,11 @@ def _sum_of_product(product: Callable[[Tensor, Tensor], Tensor], *names: str) ->
         weight, scaled = _dense(weight) if alpha == 1 else _dense(weight) * alpha, bias if beta == 1 else bias * beta
         if depends(bias):
             return Operands(a, weight, None, run, added=scaled)
-        return Operands(a, weight, scaled, run)
+        if _is_parameter(bias):
+            return Operands(a, weight, scaled, run)
+        # (a mask of attention: no rule can divide by minus infinity)
+        hides = scaled.isinf()
+        return Operands(a, weight, scaled.masked_fill(hides, 0), run, added=scaled.masked_fill(~hides, 0))
 
     return parse
 
@@ -254,12 +258,19 @@ def _chain(
     return None
 
 
-def _swapped(
+def _sparse_product(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], depends: Callable[[Tensor], bool]
 ) -> Operands | None:
-    """``right.__rmatmul__(left)``."""
-    right, left = args
-    return _product(torch.matmul, (left, right), kwargs, depends)
+    """Calls of ``torch.sparse.mm(sparse, dense, reduce)``; "mean" is of the entries that each row stores."""
+    values = dict(zip(("sparse", "dense", "reduce"), args, strict=False)) | dict(kwargs)
+    reduce = values.pop("reduce", "sum")
+    found = _product(torch.matmul, [values["sparse"], values["dense"]], {}, depends)
+    if found is None or reduce == "sum":
+        return found
+    if reduce != "mean":  # the largest is chosen, or the smallest
+        return None
+    stored = values["sparse"].crow_indices().diff().clamp(min=1)
+    return found._replace(weight=found.weight / stored[:, None])
 
 
 _CONVOLUTION, _TRANSPOSED = _layer(slides=True, convolves=True), _layer(slides=True)
@@ -269,11 +280,11 @@ PARSERS: dict[str, Parse] = {
     "convolution": _TRANSPOSED,  # (or not, as one of its arguments says)
     **{f"conv_transpose{n}d": _TRANSPOSED for n in (1, 2, 3)},
     "linear": _layer(),
-    **dict.fromkeys(
-        ("matmul", "mm", "bmm", "mv", "dot", "vdot", "grouped_mm", "inner", "tensordot", "sparse_mm"), _product
-    ),
-    "rmatmul": _swapped,
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot", "grouped_mm", "inner", "tensordot"), _product),
+    "sparse_mm": _sparse_product,
+    "rmatmul": lambda _, args, kwargs, depends: _product(torch.matmul, args[::-1], kwargs, depends),
     "addmm": _sum_of_product(torch.matmul, "input", "mat1", "mat2"),
+    "sparse_addmm": _sum_of_product(torch.matmul, "mat", "mat1", "mat2"),
     "baddbmm": _sum_of_product(torch.matmul, "input", "batch1", "batch2"),
     "addmv": _sum_of_product(torch.matmul, "input", "mat", "vec"),
     "addbmm": _sum_of_product(_summed_bmm, "input", "batch1", "batch2"),
@@ -286,5 +297,6 @@ ADDED: dict[str, tuple[int, tuple[str, ...]]] = {
     **dict.fromkeys(("addbmm", "addmm", "addmv", "addr", "baddbmm"), (0, ("input", "self"))),
     **dict.fromkeys(("convolution", "linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))),
                     (2, ("bias",))),
+    "sparse_addmm": (0, ("mat",)),
     "bilinear": (3, ("bias",)),
 }  # fmt: skip

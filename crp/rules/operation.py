@@ -19,7 +19,7 @@ from crp.rules.operands import NOTHING_SUMMED, Operands, _is_parameter
 from crp.rules.spellings import in_place
 from crp.trace.recorder import tensors_in
 
-_add, _sum = look_up(torch.add), look_up(torch.sum)
+_add, _sum, _largest = look_up(torch.add), look_up(torch.sum), look_up(torch.amax)
 _scaling = replace(
     look_up(torch.einsum), kind="", properties=frozenset({"homogeneous", "linear"}), parse=None, keeps=FIRST
 )
@@ -133,6 +133,8 @@ class Operation:
             return
         if is_single and self.known.has("constant"):  # only the addend depends on the input
             self.known, self.kind = _add, ""
+        elif is_single and self.known.canonical == "sparse_mm":  # (of weighted inputs, the largest is chosen)
+            self.known, self.kind = _largest, ""
         elif len(self._tensors()) == 1:  # there is nothing to weight it with
             self.known, self.kind = _sum, ""
         else:

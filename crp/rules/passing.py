@@ -17,6 +17,7 @@ from crp.rules.layer import changed
 from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation
+from crp.trace.recorder import tensors_in
 
 #: Functions by which a router chooses experts.
 _CHOOSING = frozenset(("gather", "take_along_dim", "topk"))
@@ -170,7 +171,7 @@ def _copied(op: Operation, notes: Notes) -> Copied | list[Copied] | None:
     if len(below) != len(op.inputs):
         return None
     if op.known.canonical in _IN_PLACE_OF_THE_INPUT:
-        return Copied(below) if len(below) == 1 else None
+        return _spread(op, below) if len(below) == 1 else None
     if op.known.canonical == "setitem":
         return Copied(below, partial(_set_again, op))
     if not op.known.has("copies") or op.overwrites:
@@ -181,6 +182,13 @@ def _copied(op: Operation, notes: Notes) -> Copied | list[Copied] | None:
     if op.known.canonical not in _SEVERAL:
         return Copied(below, again)
     return [Copied(below, lambda *others, i=i: again(*others)[i]) for i in range(len(op.run()))]
+
+
+def _spread(op: Operation, below: list[Copied]) -> Copied:
+    """How an operation copies its only input, whose entries broadcast to the other operands."""
+    shapes = (tensor.shape for tensor in tensors_in((op.args, op.kwargs)))
+    shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    return Copied(below) if shape == op.inputs[0].shape else Copied(below, lambda other: other.expand(shape))
 
 
 def _run_on(op: Operation, *others: Tensor) -> Any:

@@ -12,16 +12,15 @@ not say so: the composite warns. Other implementations take the ordinary chain r
 
 from __future__ import annotations
 
-from typing import ClassVar, NoReturn, cast
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from crp.errors import StateError
-from crp.rules.base import Rule
 from crp.rules.deeplift import Difference, _same, _same_operands, slope
-from crp.rules.layer import Layer, _no_rule
+from crp.rules.layer import Layer
 from crp.trace.recorder import tensors_in
 
 
@@ -211,17 +210,6 @@ def _written_attention(
     if hidden is not None:
         shares = shares.masked_fill(hidden, 0.0)
     return F.dropout(shares, dropout_p) @ value if dropout_p else shares @ value
-
-
-class TakenApart(Rule):
-    """Attention as products and a softmax, which have rules."""
-
-    settings: ClassVar[tuple[str, ...]] = ()
-    written_out = staticmethod(_written_attention)
-
-    def operate(self, layer: Layer) -> NoReturn:
-        """Refuse kernels of which torch does not know how they are written."""
-        raise NotImplementedError(_no_rule("DeepLift", layer))
 
 
 def _means(layer: Layer, reference: Layer) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NoReturn, TypeAlias, cast
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from crp.rules.base import Rule
 from crp.rules.functions import Function
 from crp.rules.layer import Layer, _no_rule, changed
 from crp.rules.model_input import _PartOf
+from crp.rules.notes import Born
 
 #: Part of an argument's gradient; or a function that tells it for each tensor in the argument.
 Part: TypeAlias = float | Callable[[Tensor], float]
@@ -71,6 +72,16 @@ class _Proportional(_Shared):
         return True
 
 
+class _Softmax(_Proportional):
+    """The same for a softmax or its logarithm, of which a composite wants to know whether a model ends in it."""
+
+    def operate(self, layer: Layer) -> Any:
+        """Return the function's output."""
+        if self.attachment is not None:
+            self.attachment.softmaxes |= Born.LOGARITHM if layer.name == "log_softmax" else Born.SOFTMAX
+        return super().operate(layer)
+
+
 class _OfSquares(_Shared):
     """A mean of squares, such as a variance: of degree two, so that half of its gradient is all of its relevance."""
 
@@ -127,6 +138,38 @@ class _OfMethod(Rule):
     def __init__(self, method: str) -> None:
         super().__init__()
         self.method = method
+
+
+class _WrittenOut(_OfMethod):
+    """Functions that count as what they consist of.
+
+    Parameters
+    ----------
+    method : str
+    written_out : dict of str to callable
+        By its name, the same function, of functions that have rules.
+    """
+
+    def __init__(self, method: str, written_out: Mapping[str, Callable[..., Any]]) -> None:
+        super().__init__(method)
+        self.written_out = written_out
+
+    def operate(self, layer: Layer) -> NoReturn:
+        """Refuse kernels of which torch does not know how they are written."""
+        raise NotImplementedError(_no_rule(self.method, layer))
+
+
+class _OfFactors(_Shared):
+    """A product of all entries along an axis, each of which has an equal share, as each of two factors has."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def parts(self, layer: Layer) -> Parts:
+        """One over their number."""
+        (factors,), dim = layer.inputs, layer.arguments.get("dim")
+        part = 1 / max(factors.numel() if dim is None else factors.shape[dim], 1)
+        return [part] * len(layer.args), dict.fromkeys(layer.kwargs, part)
 
 
 class _Refused(_OfMethod, _Proportional):

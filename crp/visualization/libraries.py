@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -103,12 +102,8 @@ def find_in_library(name: str, *, pretrained: bool, n_classes: int | None = None
         If the library is not installed, has no such model, or the weights cannot be had.
     """
     prefix, _, rest = name.partition(":")
-    makers: dict[str, Callable[[str, bool], Found]] = {
-        "timm": partial(_of_timm, n_classes=n_classes),
-        "hf": _of_hugging_face,
-    }
     try:
-        return makers[prefix](rest, pretrained)
+        return _of_timm(rest, pretrained, n_classes) if prefix == "timm" else _of_hugging_face(rest, pretrained)
     except ImportError as error:
         package = {"timm": "timm", "hf": "transformers"}[prefix]
         raise LoadingError(f"{name} needs {package} ({error}): python -m pip install {package}") from error
@@ -187,8 +182,6 @@ def _names_of(config: Any) -> Sequence[str]:
 
 def _side(size: Any) -> int:
     """Pixels on a side, from a number or from words such as ``{"shortest_edge": 224}``."""
-    if size is None:
-        return 0
-    if isinstance(size, int):
-        return size
+    if size is None or isinstance(size, int):
+        return size or 0
     return int(next(size[key] for key in ("shortest_edge", "height", "longest_edge") if key in size))

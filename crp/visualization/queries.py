@@ -107,22 +107,10 @@ class ReferenceQueries(SampleAccess):
         TableMismatchError
             If another model, dataset or preprocessing was mined.
         """
-
-        def compute(ids: list[Any], _classes: list[int], wanted: tuple[int, int]) -> dict[Any, Any]:
-            top, ranks = self._lookup(layer_name, mode, wanted)
-            references = {}
-            for concept_id in ids:
-                chosen = self._chosen(top, ranks, concept_id, layer_name, mode)
-                start = refs.row_targets(init, targets, chosen.target, layer_name)
-                references[concept_id] = self._load_ref_and_attribution(
-                    chosen.sample, concept_id, chosen.position, layer_name, composite, rf, plot_fn, batch_size, **start
-                )
-            return references
-
         options: dict[str, Any] = {} if init == "activation" else {"init": init}
         options |= {} if targets is None else {"targets": targets}
         request = PictureRequest("get_max_reference", layer_name, mode, composite, rf, plot_fn, options)
-        return self._cached(request, concept_ids, None, r_range, overwrite, compute)
+        return self._cached(request, concept_ids, None, r_range, overwrite, self._references(request, batch_size))
 
     def get_stats_reference(
         self,
@@ -157,21 +145,9 @@ class ReferenceQueries(SampleAccess):
         dict of str to value
             Keys are ``"concept_id:target"``; values as in `get_max_reference`. It raises the same errors.
         """
-
-        def compute(ids: list[Any], classes: list[int], wanted: tuple[int, int]) -> dict[Any, Any]:
-            references = {}
-            for concept, target in zip(ids, classes, strict=True):
-                top, ranks = self._lookup(layer_name, mode, wanted, target)
-                chosen = self._chosen(top, ranks, concept, layer_name, mode)
-                start = refs.row_targets(init, target if init == "relevance" else None, chosen.target, layer_name)
-                references[f"{concept}:{target}"] = self._load_ref_and_attribution(
-                    chosen.sample, concept, chosen.position, layer_name, composite, rf, plot_fn, batch_size, **start
-                )
-            return references
-
         options: dict[str, Any] = {} if init == "activation" else {"init": init}
         request = PictureRequest("get_stats_reference", layer_name, mode, composite, rf, plot_fn, options)
-        return self._cached(request, [concept_id], targets, r_range, overwrite, compute)
+        return self._cached(request, [concept_id], targets, r_range, overwrite, self._references(request, batch_size))
 
     def compute_stats(
         self,
@@ -346,20 +322,33 @@ class ReferenceQueries(SampleAccess):
         wanted = refs.OfConcept(self._concept(layer_name), concept_id, layer_name)
         return refs.heatmaps_of(self.attribution, data, wanted, composite, at, targets, batch_size, self.device)
 
-    def _chosen(
-        self, top: ReferenceSamples, ranks: tuple[int, int], concept_id: ConceptId, layer: str, mode: str
-    ) -> ReferenceSamples:
-        """Reference samples of one concept at some ranks: arrays of shape (references,)."""
-        index = refs.column(self._concept(layer), concept_id, layer, top.sample.shape[1])
-        chosen = ReferenceSamples(*(array[slice(*ranks), index] for array in top))
-        if not np.any(chosen.value):
-            warn(f"concept {concept_id} of layer {layer!r} has {mode} 0 on its references; their order means nothing")
-        elif mode == "relevance" and top.value[0, index] < 0:  # (and so is that of all others)
-            warn(
-                f"the relevance of concept {concept_id} of layer {layer!r} is negative everywhere: its references are "
-                "those in which it speaks least against; mode='activation' shows where it is most active"
-            )
-        return chosen
+    def _references(self, request: PictureRequest, batch_size: int) -> _Compute:
+        """What computes the references that `_cached` lacks."""
+        layer, mode, options = request.layer, request.mode, request.options
+        init = options.get("init", "activation")
+
+        def compute(ids: list[Any], classes: list[int], wanted: tuple[int, int]) -> dict[Any, Any]:
+            targets: list[int | None] = [*classes] or [None] * len(ids)
+            tops = {target: self._lookup(layer, mode, wanted, target) for target in dict.fromkeys(targets)}
+            chosen, best = dict[Any, tuple[ConceptId, int | None, ReferenceSamples]](), dict[Any, float]()
+            for concept, target in zip(ids, targets, strict=True):
+                top, ranks = tops[target]
+                index = refs.column(self._concept(layer), concept, layer, top.sample.shape[1])
+                key = concept if target is None else f"{concept}:{target}"
+                chosen[key] = concept, target, ReferenceSamples(*(array[slice(*ranks), index] for array in top))
+                best[key] = top.value[0, index]
+            refs._tell_signs({key: rows.value for key, (_, _, rows) in chosen.items()}, best, layer, mode)
+            references = {}
+            for key, (concept, target, rows) in chosen.items():
+                shown = target if init == "relevance" and target is not None else options.get("targets")
+                start = refs.row_targets(init, shown, rows.target, layer)
+                references[key] = self._load_ref_and_attribution(
+                    rows.sample, concept, rows.position, layer, request.composite, request.rf, request.plot_fn,
+                    batch_size, **start,
+                )  # fmt: skip
+            return references
+
+        return compute
 
     def _lookup(
         self, layer: str, mode: str, r_range: tuple[int, int], target: int | None = None
@@ -389,8 +378,11 @@ class ReferenceQueries(SampleAccess):
         """What is asked, and the table or the folder that answers, checked to be of this model, data and concepts."""
         results = self._results(mode, per_class)
         answers = open_answers(results.folder)
-        if self._check and isinstance(answers, TableAnswers):
-            self._check_table(answers.table)
+        if isinstance(answers, TableAnswers):
+            table = answers.table
+            if self._check:
+                self._check_table(table)
+            self._remembered("missing", (str(table.path), len(table.shards)), lambda: self._tell_missing(table))
         return results.question, answers
 
     def _plot_name(self, plot_fn: PlotFn, layer: str, mode: str, options: Mapping[str, Any]) -> str:

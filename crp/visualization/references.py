@@ -17,8 +17,10 @@ from crp.concepts import Concept, as_ids, mask_of
 from crp.concepts.reading import initial_relevance_of, starts_by_code
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
+from crp.notices import warn
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import ReferenceSamples
+from crp.wording import counted, first_few
 
 #: Concept id: a channel, or what a custom concept calls its parts.
 ConceptId = int | tuple[int, ...]
@@ -208,6 +210,20 @@ def once_each(ask: Callable[[int], ReferenceSamples], size: int) -> ReferenceSam
         n *= 2
     rows = np.array([one[: min(found, size)] for one in places], np.int64).reshape(len(places), -1).T
     return ReferenceSamples(*(np.take_along_axis(column, rows, 0) for column in top))
+
+
+def _tell_signs(values: Mapping[Any, np.ndarray], best: Mapping[Any, float], layer: str, mode: str) -> None:
+    """Warn of concepts, all of a call together, whose values on their references are 0, or are negative everywhere."""
+    zero = [key for key, on_references in values.items() if not np.any(on_references)]
+    negative = [key for key, value in best.items() if mode == "relevance" and value < 0]
+    for keys, what in (
+        (zero, "0 on their references, whose order means nothing"),
+        (negative, "negative everywhere: their references are those in which they speak least against; "
+         "mode='activation' shows where they are most active"),
+    ):  # fmt: skip
+        if keys:
+            which = f"{len(keys)} of {counted(len(values), 'concept')} ({first_few(list(map(str, keys)), 5)})"
+            warn(f"the {mode} of {which} of layer {layer!r} is {what}")
 
 
 def plot_name(plot_fn: Callable[..., Any], content: Sequence[Any]) -> str:

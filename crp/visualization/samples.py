@@ -138,6 +138,12 @@ class SampleAccess:
             return read_text(self.dataset, sample, self.device)
         return Asked.of(self.get_data_sample(sample)[0].detach(), None)
 
+    def _tell_missing(self, table: Table) -> None:
+        """Warn that a table does not hold all samples of its dataset."""
+        if missing := sum(stop - start for start, stop in table.coverage().missing):
+            seen = f"{table.n_samples - missing} of {table.n_samples} samples"
+            warn(f"the table in {table.path} covers {seen}, and so do answers until the others are mined")
+
     def _check_table(self, table: Table) -> None:
         """Raise a `TableMismatchError` unless a table is of this model, dataset, preparation and these concepts."""
         found = self._identity(table.layers, dataset=not table.header.probes)
@@ -152,12 +158,7 @@ class SampleAccess:
             table.check(decoder=mark)
         if table.header.probes:
             state = _Same(self.dataset), len(self.dataset), str(table.path), table.header.identity
-
-            def check() -> str:
-                check_dataset(table, files_of(self._samples_mined()))
-                return ""
-
-            self._remembered("samples", state, check)
+            self._remembered("samples", state, lambda: check_dataset(table, files_of(self._samples_mined())))
         table.check(**found)
 
     def _decoder(self, table: Table) -> str:
@@ -221,7 +222,7 @@ class SampleAccess:
         ]
         return fingerprint(self.preprocess_fn if own == [None, None] else (*own, self.preprocess_fn))
 
-    def _remembered(self, name: str, state: object, compute: Callable[[], str]) -> str:
+    def _remembered(self, name: str, state: object, compute: Callable[[], Any]) -> Any:
         if self._fingerprints.get(name, (None,))[0] != state:
             self._fingerprints[name] = state, compute()
         return self._fingerprints[name][1]

@@ -295,13 +295,12 @@ def _variation(images: Tensor, axes: tuple[int, ...], beta: float) -> Tensor:
 
 
 def _check(model: nn.Module, objective: object, shape: object, composite: object, seed: object) -> None:
-    model = unwrap(model)
     if not isinstance(objective, Objective):
         raise InputTypeError(f"objective must be an Objective, such as log_probability(3), not {objective!r}")
     if not isinstance(shape, Iterable) or len(sizes := list(shape)) < 2 or any(n < 1 for n in sizes):
         raise InputError(f"shape must be (images, *shape of an image or code), not {shape!r}")
     check_composite(composite)
-    check_layers(model, sorted(objective.layers - {OUTPUT}), "layer")
+    check_layers(unwrap(model), sorted(objective.layers - {OUTPUT}), "layer")
     check_seed(seed)
 
 

@@ -174,8 +174,7 @@ def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks,
             output = output.expand(len(masks), *output.shape[1:])
         if not output.dim() or len(output) != len(masks):
             raise _NoRowsError
-        kept = kept_part(masks, output)
-        return output - (1 - scale) * kept if scale else output - kept
+        return output - (1 - scale) * kept_part(masks, output)
 
     def run(model: nn.Module) -> Any:
         return attribution.select_output(model(**data) if isinstance(data, Mapping) else model(data))

@@ -458,3 +458,35 @@ def test_samples_next_to_each_other_are_not_copied(samples):
     assert torch.equal(chosen[0], data[samples]) and chosen[1] == 7
     is_shared = chosen[0].untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
     assert is_shared == (samples in ([0, 1, 2, 3], [1, 2], [3]))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "axis"),
+    [
+        ("pixel_values", (2, 3, 4, 5), 1),
+        ("pixel_values", (2, 6, 3, 4, 5), 2),  # frames of a video
+        ("pixel_values_videos", (2, 6, 3, 4, 5), 2),
+        ("pixel_values", (2, 1, 4, 3, 4, 5), 3),  # tiles of pictures
+        ("pixel_values", (2, 7, 12), 2),  # patches
+        ("input_values", (2, 9), None),  # waves
+        ("input_values", (2, 1, 9), 1),
+        ("input_values", (2, 2, 9), 1),
+        ("input_values", (2, 9, 4), None),  # spectrograms
+        ("input_features", (2, 4, 9), None),
+        ("input_features", (2, 1, 4, 9), 1),
+        ("inputs_embeds", (2, 7, 4), -1),
+        ("values", (2, 9), 1),
+    ],
+)
+def test_heatmaps_have_the_axes_of_pictures_videos_and_sounds(name, shape, axis):
+    """By the names that models of Hugging Face give to their inputs; of others, channels are the second axis."""
+    generator = torch.Generator().manual_seed(3)
+    data, weight = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
+
+    class Named(nn.Module):
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return (inputs[name] * weight[:1]).flatten(1).sum(1, keepdim=True)
+
+    found = CondAttribution(Named().eval())({name: data}, [{"y": 0}], GradientTimesInput()).heatmap
+    wanted = data * weight[:1]
+    close(found, wanted if axis is None else wanted.sum(axis))

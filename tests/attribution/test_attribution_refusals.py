@@ -9,6 +9,7 @@ import torch
 from attribution_cases import COMPOSITES, KINDS, SMALL, Net, ask, net, plain_sums, small_net
 from torch import Tensor, nn
 
+import crp
 from crp.attribution import CondAttribution
 from crp.concepts import AxisConcept, ChannelConcept
 
@@ -32,8 +33,8 @@ def model() -> Net:
     [
         (lambda y: y.argmax(1), ValueError, "the model's output (dtype torch.int64) does not depend on the data in a"),
         (lambda y: y.detach(), ValueError, "differentiable way; explain a tensor before rounding, argmax or detach"),
-        (lambda y: (y, y), TypeError, "the model returns a tuple, not a tensor or an object with 'logits'; choose the"),
-        (lambda y: {"out": y}, TypeError, "returns a dict, not a tensor or an object with 'logits'; choose the"),
+        (lambda y: (y, y), TypeError, "and entry(0) for one of its parts [0, 1]"),
+        (lambda y: {"out": y}, TypeError, "segmentation() and detection(), and entry('out') for one of its parts"),
         (lambda y: {"logits": None}, TypeError, "the model returns a NoneType, not a tensor"),
         (torch.fft.fft, TypeError, "the model puts out complex numbers, of torch.complex128, which"),
         (lambda y: y.sum(0), ValueError, "the model's output has shape (3,); its first axis must be that of 2 samples"),
@@ -47,6 +48,20 @@ def test_outputs(model, untouched, composite, wrap, kind, message):
     outer = net(lambda s, x: wrap(s.inner(x)), inner=model)
     with untouched(outer), pytest.raises(kind, match=re.escape(message)):
         ask(outer, [{"y": 1}], composite=composite)
+
+
+@every_kind
+def test_one_score_for_each_sample(model, composite):
+    outer, output = net(lambda s, x: s.inner(x)[:, 1], inner=model), (lambda scores: scores[:, None])
+    with pytest.raises(ValueError, match=re.escape("or choose the output: with output=lambda scores: scores[:, None]")):
+        ask(outer, [{"y": 0}], composite=composite)
+    found = CondAttribution(outer, output=output)(X, [{"y": 0}], composite)
+    assert torch.equal(found.heatmap, CondAttribution(model)(X, [{"y": 1}], composite).heatmap)
+    for target, message in ((None, "no class is the predicted one; with output="), (0, "no axis of classes; with")):
+        with pytest.raises(ValueError, match=message):
+            crp.explain("gradient", outer, X, target)
+        kept = crp.explain("gradient", outer, X, target, output=output)
+        assert torch.equal(kept, crp.explain("gradient", model, X, 1))
 
 
 @every_kind

@@ -220,11 +220,17 @@ def test_errors_name_the_culprit(graph, sample, images):
         target=0,
     )
     fails(IndexError, "target is 5, but the model has outputs 0 to 4", sample, composite, 0, "layer1.conv2", target=5)
+    for width, kind, message in (
+        (3, TypeError, "width must be a list, with the number of concepts kept at each level; not 3"),
+        ((2, 0), ValueError, "each number in width must be a whole number of at least 1, not 0"),
+        ((1.5,), ValueError, "each number in width must be a whole number of at least 1, not 1.5"),
+    ):
+        fails(kind, message, sample, composite, 0, "layer1.conv2", target=0, width=width)
     del graph.layer_map["layer1.conv1"]
     fails(KeyError, "layer_map has no concept for layer 'layer1.conv1'", sample, composite, 0, "layer1.conv2", target=0)
 
 
-@pytest.mark.parametrize("parent", ["layer2.conv1", "layer1.conv2", "conv1"])
+@pytest.mark.parametrize("parent", ["layer2.conv1", "layer1.conv2", "layer1.conv1", "conv1"])
 def test_parents_are_above(graph, sample, parent):
     """The parent's concept took the place of the concept itself, or masked what nobody looks at."""
     with pytest.raises(InputError, match=f"parent_layer '{parent}' must be a layer that 'layer2.conv1' feeds"):

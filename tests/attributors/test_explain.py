@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from attributor_cases import TwoInputs, gap_net, gradient, images, two_inputs
+from attributor_cases import GIVEN, MAPS, NAMES, TwoInputs, explain, gap_net, gradient, images, two_inputs
 from torch import nn
 
 import crp
@@ -18,21 +18,6 @@ from crp.outputs import Element
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 DEEP_EXPLAIN = ["saliency", "grad*input", "intgrad", "elrp", "deeplift", "occlusion", "shapley_sampling"]
-NAMES = [method.name for method in crp.methods()]
-MAPS = ["cam", "grad_cam", "grad_cam_pp", "guided_grad_cam"]
-#: Options that must be given, or that keep tests short.
-GIVEN = {name: {"layer": "4"} for name in MAPS} | {
-    "epsilon_gamma_box": {"low": -4.0, "high": 4.0},
-    "intgrad": {"steps": 6},
-    "smoothgrad": {"n": 6},
-    "occlusion": {"window_shape": 4, "step": 4},
-    "shapley_sampling": {"sampling_dims": (2,), "samples": 2},
-    "meaningful_perturbation": {"steps": 3, "mask_size": 4, "mask_blur": 0.0, "sigma": 1.0, "jitter": 1},
-}
-
-
-def explain(name, model, x, target=None, **options):
-    return crp.explain(name, model, x, target, **GIVEN.get(name, {}), **options)
 
 
 # --- names and shapes -------------------------------------------------------------------------------------------------
@@ -338,7 +323,7 @@ def test_contrastive_excitation_backprop_to_any_layer(start):
         (lambda m, x: crp.explain("epsilon_gamma_box", m, x, 0, low=0), ValueError, "needs high="),
         (lambda m, x: crp.explain("epsilon", m, x, 9), IndexError, "target 9 is out of range"),
         (lambda m, x: crp.explain("occlusion", m, x, 9), IndexError, "target 9 is out of range"),
-        (lambda m, x: crp.explain("occlusion", m, x, 0, window_shape=()), ValueError, r"window_shape must be"),
+        (lambda m, x: crp.explain("occlusion", m, x, 0, window_shape=()), ValueError, r"window_shape .* has 0 axes"),
         (lambda m, x: crp.explain("occlusion", m, x, Neuron("3#1", 0)), ValueError, "'3#1' is called 1 times"),
         (lambda m, x: crp.explain("gradient", m, x, Element((9,))), IndexError, r"the element \(9,\), but the"),
         (lambda m, x: crp.explain("gradient", m, x, [Element((0,))] * 2), ValueError, "has 2 places for 3 samples"),

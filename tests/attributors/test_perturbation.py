@@ -101,6 +101,23 @@ def test_the_smallest_circle_that_is_enough(linear, game):
     assert found[:, torch.hypot(axis[:, None], axis) > 0.5].sum() == 0
 
 
+@pytest.mark.parametrize("game", ["deletion", "preservation"])
+@pytest.mark.parametrize("counts", ["nothing", "a corner", "the middle of a row"])
+def test_circles_begin_with_nothing_and_end_with_everything(game, counts):
+    axis = torch.linspace(-1, 1, 21, dtype=torch.float64)
+    wanted = {"nothing": torch.zeros(21, 21), "a corner": torch.ones(21, 21)}.get(counts, (axis.abs() < 0.4)[None])
+    weight = wanted.double().clone()
+    if counts == "a corner":
+        weight[1:], weight[:, 1:] = 0, 0
+    model = nn.Sequential(nn.Flatten(), nn.Linear(weight.numel(), 1, bias=False)).double().eval()
+    with torch.no_grad():
+        model[1].weight.copy_(weight.view(1, -1))
+    settings = {**BARE, "l1": 0.0, "learning_rate": 0.0, "steps": 1}
+    data = torch.ones(2, 1, *weight.shape, dtype=torch.float64)
+    found = MeaningfulPerturbation(model, game=game, **settings)(data, 0).heatmap
+    assert torch.equal(found, wanted.double().expand_as(found))
+
+
 def test_blur_is_gaussian():
     image = torch.zeros(1, 1, 31, 31, dtype=torch.float64)
     image[..., 15, 15] = 1

@@ -327,6 +327,12 @@ def test_a_layer_that_gives_no_tensor_is_refused(data):
         intervene(CondAttribution(model), data, "two", ChannelConcept(), [1], [0] * 4)
 
 
+def test_one_target_is_for_all_samples(model, data):
+    attribution, channel = CondAttribution(model), ChannelConcept()
+    found = [intervene(attribution, data, "conv1", channel, [0, 2], of) for of in (1, torch.tensor(1), [1] * len(data))]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 

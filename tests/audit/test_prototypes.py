@@ -10,7 +10,8 @@ from safetensors.numpy import save
 from table_maker import make_table
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
-from crp.audit import Prototypes, audit, prototypes
+from crp.audit import AuditedSample, Prototypes, audit, prototypes
+from crp.audit.auditing import Use
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept, DirectionConcept
 from crp.visualization.table.store import Table
@@ -194,6 +195,12 @@ def test_audit(tmp_path, concept):
         assert f"class {finding.predicted}, percentile" in str(finding)
     with pytest.raises(KeyError, match=r"there are no prototypes of class 7; there are of \["):
         found.score(vectors, 7)
+
+
+def test_small_differences_are_told():
+    uses = [Use(3, "channel 3", 0.1234), Use(4, "channel 4", 0.000321)]
+    text = str(AuditedSample(1, 5.0, 0, 7, uses, [Use(2, "channel 2", -0.00005)]))
+    assert text.endswith("more of channel 3 (+0.12), channel 4 (+0.00032); less of channel 2 (-5e-05)")
 
 
 def test_what_is_wrong_is_said(blobs):

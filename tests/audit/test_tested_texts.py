@@ -102,6 +102,12 @@ def test_a_token_of_a_language_model_changes_as_with_a_hook(gpt, layer):
             assert found.change[row, column] == pytest.approx(wanted, abs=1e-10) and wanted
 
 
+def test_one_target_is_for_all_texts(bag):
+    of_all = interventions(bag, EpsilonPlus(), "features", [0, 1], [1], targets=2)
+    of_each = interventions(bag, EpsilonPlus(), "features", [0, 1], [1], targets=[2, 2])
+    assert np.array_equal(of_all.change, of_each.change) and of_all.target.tolist() == [2, 2]
+
+
 def test_what_texts_have_not_is_refused(bag, gpt):
     with pytest.raises(ValueError, match="none is patched by another; leave patch out"):
         interventions(bag, EpsilonPlus(), "features", [0], patch=[1])

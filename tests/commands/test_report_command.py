@@ -123,6 +123,7 @@ def test_machines_draw_parts_of_a_report(mined: Path) -> None:
         assert result.exit_code == 1 and message in result.output
 
 
+@pytest.mark.filterwarnings("ignore:the table in .* covers 4 of 8 samples")
 def test_a_table_that_is_being_mined_is_shown_as_far_as_it_is(mined: Path) -> None:
     options = ["--model", "nets:net", "--data", "pictures", "--layers", "0", "--composite", "epsilon_plus", "--quiet"]
     options += ["--out", "growing", "--shard-size", "2", "--batch-size", "2"]

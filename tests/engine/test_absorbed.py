@@ -330,7 +330,7 @@ class Spectrum(nn.Module):
 
 
 class Steps(nn.Module):
-    """A function of several results without a rule: all states of a recurrent layer, and the last ones."""
+    """A recurrent layer: all of its states, and the last ones."""
 
     def __init__(self, kind):
         super().__init__()
@@ -355,12 +355,29 @@ class Deviates(nn.Module):
         return self.above(torch.cat([var, mean], 1))
 
 
-@pytest.mark.filterwarnings("ignore:.* has no rule for (lstm|gru|rnn_tanh):UserWarning")
+class Overwrites(Deviates):
+    """Something without a rule, in the place of what it reads."""
+
+    def forward(self, x):
+        return self.above(torch.cat([self.below(x).mean(2).cumprod_(1), x[:, :, 0]], 1))
+
+
+class Factors(Deviates):
+    """A function of several results without a rule."""
+
+    def forward(self, x):
+        left, right = torch.linalg.qr(self.below(x))
+        return self.above(torch.cat([left[:, :, 0], right[:, 0, :5]], 1))
+
+
+@pytest.mark.filterwarnings("ignore:.* has no rule for (linalg_qr|cumprod):UserWarning")
 @pytest.mark.parametrize("kind", [AttnLRP, EpsilonPlus])
 @pytest.mark.parametrize(
-    "model", [Steps(nn.LSTM), Steps(nn.GRU), Steps(nn.RNN), Deviates()], ids=["lstm", "gru", "rnn", "var_mean"]
+    "model",
+    [Steps(nn.LSTM), Steps(nn.GRU), Steps(nn.RNN), Deviates(), Factors(), Overwrites()],
+    ids=["lstm", "gru", "rnn", "var_mean", "qr", "in place"],
 )
-def test_functions_of_several_results_without_a_rule_keep_what_they_do_not_explain(model, kind):
+def test_functions_of_several_results_or_without_a_rule_keep_what_they_do_not_explain(model, kind):
     found = account(model.double().eval(), kind(), torch.randn(2, 5, 4, dtype=torch.float64))
     assert found.total.abs().min() > 1e-6 and holds(found)
 

@@ -46,28 +46,28 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 396,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3190,
+    "attributors": 3229,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2463,
     "canonizers": 860,
-    "commands": 2378,
+    "commands": 2372,
     "compat": 940,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3951,
+    "composites": 3971,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2051,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6220,
+    "engine": 6268,
     "image": 1490,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
-    "layers": 1470,
+    "layers": 1482,
     "outputs": 391,
-    "metrics": 907,
+    "metrics": 962,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 6927,
+    "rules": 6992,
     # (along which axis the channels of a layer are)
     "trace": 1349,
     "types": 158,
@@ -77,10 +77,10 @@ BUDGETS = {
     "visualization.mining": 4268,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4577,
+    "visualization.report": 4573,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
-    "visualization.table": 2685,
+    "visualization.table": 2682,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}

@@ -53,7 +53,7 @@ def giving(result: Any) -> Any:
         ("x", "not str"),
         (X.numpy(), "not ndarray"),
         ([X[0], X[1]], "not list"),
-        ((X,), "not tuple"),
+        ((X, X), "not tuple|one input can be flipped, and 0, 1 are"),
         (X.long(), "not torch.int64"),
         (X[:0], "at least one sample"),
         (X * torch.nan, "NaN or infinite values in samples"),

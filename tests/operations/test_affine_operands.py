@@ -7,6 +7,9 @@ from rule_cases import FORMS, jacobian, relevance
 from torch import nn
 from torch.nn import functional as F
 
+from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus
+
 
 def constant(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -148,6 +151,29 @@ def test_bias_that_depends_on_the_input_is_added_by_the_chain_rule(name):
     a = constant(*shape, seed=8)
     torch.testing.assert_close(found(a), wanted(a), rtol=1e-12, atol=1e-12)
     assert not deviations(found, wanted, a)
+
+
+@pytest.mark.parametrize("name", ["baddbmm", "addmm", "in_place"])
+def test_a_mask_of_minus_infinity_is_no_bias(name):
+    """As where constant queries attend: what is hidden has no share, and other numbers of the mask are a bias."""
+    sums = {
+        "baddbmm": lambda mask, x: torch.baddbmm(mask, C3, x),
+        "addmm": lambda mask, x: torch.stack([torch.addmm(mask, one, other) for one, other in zip(C3, x, strict=True)]),
+        "in_place": lambda mask, x: mask.repeat(2, 1, 1).baddbmm_(C3, x),
+    }
+    added, hidden = constant(3, 5), torch.ones(3, 5, dtype=torch.bool).triu(1)
+    mask, total = added.masked_fill(hidden, -torch.inf), sums[name]
+
+    def found(x):
+        return total(mask, x).softmax(-1)
+
+    def wanted(x):
+        return total(added, x).masked_fill(hidden, -torch.inf).softmax(-1)
+
+    a = constant(2, 6, 5, seed=3)
+    assert not deviations(found, wanted, a)
+    kept = CondAttribution(Calls(found).eval()).absorbed(a, [{}], EpsilonPlus(), init_rel=found(a))
+    assert kept.rest.abs().max() <= 1e-10
 
 
 def test_two_operands_that_depend_are_a_product():

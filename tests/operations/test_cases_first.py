@@ -299,3 +299,27 @@ def test_positions_of_a_copy_are_its_own():
     first = maps(one, IMAGES, composite)
     assert off(maps(other, IMAGES, composite), first) <= 1e-12
     assert off(maps(copy.deepcopy(other), IMAGES, composite), first) <= 1e-12
+
+
+class Embedded(nn.Module):
+    """Each number of a row times a vector of its own, plus another, beside a token, as tables are read by attention."""
+
+    def __init__(self, is_embedded=False):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(6, 4))
+        self.token, self.is_embedded = nn.Parameter(torch.zeros(1, 1, 4)), is_embedded
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(35, 3)
+
+    def embed(self, x):
+        return torch.cat([self.token.expand(len(x), -1, -1), x.squeeze(1)[..., None] * self.scale + self.shift], 1)
+
+    def forward(self, x):
+        return self.head(F.relu(self.first(x if self.is_embedded else self.embed(x))).flatten(1))
+
+
+@pytest.mark.parametrize("preset", ["epsilon_plus_flat", "epsilon_alpha2_beta1_flat", "deep_taylor", "deep_taylor_box"])
+def test_numbers_that_become_vectors_get_what_their_copies_have(preset):
+    model, above = (seeded(Embedded(is_embedded)) for is_embedded in (False, True))
+    data = numbers(2, 1, 6, seed=3)
+    wanted = maps(above, model.embed(data).detach(), FIRST_PRESETS[preset]())[:, 1:].sum(2)
+    assert off(maps(model, data, FIRST_PRESETS[preset]()).flatten(1), wanted) <= 1e-9

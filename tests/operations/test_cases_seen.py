@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ def complex_and_back(h):
 
 
 #: Linear functions of maps, up to ReLU's like: gradient × input is LRP-0 through them.
+def by_rows(h, reduce):
+    """Of weighted channels, the largest or least one for each row of a sparse matrix."""
+    weight = torch.tensor([[0.0, 1, 0, 2], [3, 0, 0, 1], [0, 0, 2, 0], [1, 2, 3, 0]], dtype=h.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # (torch says once that they are new)
+        weight = weight.to_sparse_csr()
+    found = torch.sparse.mm(weight, h.permute(1, 0, 2, 3).flatten(1), reduce)
+    return found.reshape(4, *h.shape[:1], *h.shape[2:]).permute(1, 0, 2, 3)
+
+
 LINEAR = {
     "rearranged": rearranged,
     "einsum": lambda h: torch.einsum("bchw,cd->bdhw", h, numbers(4, 4)),
@@ -174,6 +185,16 @@ LINEAR = {
     "pooled_with_indices": lambda h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2),
     "sparse": lambda h: torch.sparse.mm(torch.eye(4, dtype=h.dtype).to_sparse(), h.permute(1, 0, 2, 3).flatten(1))
     .reshape(4, 2, 6, 6).permute(1, 0, 2, 3),
+    "sparse_largest": lambda h: by_rows(h, "amax"),
+    "sparse_least": lambda h: by_rows(h, "amin"),
+    "sparse_entries": lambda h: torch.sparse_coo_tensor(
+        torch.tensor([[0, 1, 1, 3], [2, 0, 3, 1]]), h.transpose(0, 1), (4, 4, *h[:, 0].shape), check_invariants=True
+    ).coalesce().to_dense().sum(1).transpose(0, 1),
+    "as_tensor": lambda h: torch.as_tensor(h),
+    "packed": lambda h: nn.utils.rnn.pad_packed_sequence(
+        nn.utils.rnn.pack_padded_sequence(h.flatten(2), [3, 4], batch_first=True, enforce_sorted=False),
+        batch_first=True,
+    )[0].unflatten(2, h.shape[2:]),
     "module_list": lambda h: functools.reduce(lambda t, layer: layer(t), nn.ModuleList([nn.ReLU(), nn.Identity()]), h),
     "functional_call": lambda h: torch.func.functional_call(
         nn.Conv2d(4, 4, 1, bias=False).double(), {"weight": numbers(4, 4, 1, 1)}, (h,)
@@ -205,7 +226,11 @@ def test_there_is_no_false_alarm(name, preset):
     assert off(predicted, model(IMAGES).detach()) <= 1e-12
 
 
-@pytest.mark.parametrize("name", ["sorted", "topk", "medians", "fft", "scatter_reduce", "fmax", "hypot"])
+OF_DEGREE_ONE = ["sorted", "topk", "medians", "fft", "scatter_reduce", "fmax", "hypot"]
+OF_DEGREE_ONE += ["sparse_largest", "sparse_entries", "as_tensor", "packed"]
+
+
+@pytest.mark.parametrize("name", OF_DEGREE_ONE)
 def test_functions_of_degree_one_are_known_to_be(name):
     maps(seeded(Around(LINEAR[name])), IMAGES, EpsilonPlus())  # (warnings are errors)
 

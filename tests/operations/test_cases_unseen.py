@@ -264,3 +264,32 @@ def test_parts_of_an_output_are_refused_too():
     model = seeded(Parts(Swish.apply))
     with pytest.raises(UnseenError, match="output"):
         CondAttribution(model)(DATA, [{"y": 1}], EpsilonPlus())
+
+
+class Edges(nn.Module):
+    """Nodes of a graph, whose edges are weighted by what they join."""
+
+    def __init__(self, dense):
+        super().__init__()
+        self.below, self.weigh, self.head, self.dense = nn.Linear(6, 4), nn.Linear(8, 1), nn.Linear(4, 3), dense
+
+    def forward(self, x):
+        edges, nodes = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 0]]), F.relu(self.below(x))
+        weights = self.weigh(nodes[edges].permute(1, 0, 2).flatten(1)).squeeze(1)
+        matrix = torch.sparse_coo_tensor(edges, weights, (2, 2), check_invariants=True)
+        return self.head(matrix.to_dense() @ nodes if self.dense else torch.sparse.mm(matrix, nodes)).mean(0, True)
+
+
+def test_sparse_tensors_that_depend_on_the_input_are_refused_where_a_rule_reads_them():
+    def explained(model, composite):
+        with composite.context(model):
+            leaf = DATA.clone().requires_grad_()
+            return torch.autograd.grad(model(leaf)[0, 1], leaf)[0]
+
+    with pytest.raises(
+        NotImplementedError, match=r"sparse_mm\(\) reads a sparse tensor .* by \.to_dense\(\), or give N"
+    ):
+        explained(seeded(Edges(dense=False)), EpsilonPlus())
+    assert explained(seeded(Edges(dense=True)), EpsilonPlus()).abs().max() > 0
+    none = EpsilonPlus(layer_map=[("", None)])
+    assert off(explained(seeded(Edges(dense=False)), none), explained(seeded(Edges(dense=True)), none)) <= 1e-9

@@ -7,7 +7,7 @@ import parity_mining_defects
 import pytest
 from parity_compare import assert_parity, difference
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore:the table in .* covers")]
 
 MODULES = (parity_defects, parity_mining_defects)
 DEFECTS = {name: (module.__name__, defect) for module in MODULES for name, defect in module.CASES.items()}

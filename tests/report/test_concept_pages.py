@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_net import Images, make_net, mined
+from feature_net import Images, make_fv, make_net, mined
 from PIL import Image
 from report_cases import NAMES, Parsed, report
 from zennit.composites import EpsilonPlus
@@ -164,3 +164,23 @@ def test_the_thickest_curve_of_a_graph_is_the_largest_share_whatever_its_sign(at
     ]
     several = [widths for widths in pages if len(widths) > 1]
     assert several and all(widths.count("10.0") == 1 and "10" not in widths for widths in several)
+
+
+def test_samples_of_several_classes_count_once_among_references(tmp_path):
+    """A sample fills the first ranks with all its classes, where these are predicted by the same concepts."""
+    net, n = make_net(), {"relevance": 8, "activation": 8, "negative": 4}
+    with torch.no_grad():
+        net.out.weight.copy_(net.out.weight[:1] + 0.01 * net.out.weight)
+    fv = make_fv(tmp_path, Images(30), net=net, layers=["second"])
+    fv.run(EpsilonPlus(), targets="all", progress=False)
+    facts = get_facts(
+        Table.open(fv.path), "second", {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}, n
+    )
+    top, _ = fv._lookup("second", "relevance", (0, 8))
+    blocks = list(Table.open(fv.path).blocks("second"))
+    for concept in range(5):
+        found = facts.references(concept, n)
+        wanted = top.sample[:8, concept][top.value[:8, concept] != 0]
+        assert [one.sample for one in found.relevant] == wanted.tolist()
+        below = {sample for block in blocks for sample in block.sample[block.value[:, concept] < 0].tolist()}
+        assert len({one.sample for one in found.negative}) == len(found.negative) == min(4, len(below))

@@ -109,6 +109,7 @@ def test_colours_are_in_their_channels(tmp_path):
     assert pictures.mean((1, 2)).argmax(1).tolist() == [0, 1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:the table in .* covers 6 of 12 samples")
 def test_after_the_table_has_changed_they_are_not_shown(tmp_path):
     fv = make_fv(tmp_path)
     fv.run(EpsilonPlus(), 0, 6, progress=False)

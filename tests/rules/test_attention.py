@@ -438,6 +438,7 @@ def test_a_softmax_of_masked_exponentials(name, attention):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:the model ends in a softmax")
 def test_weights_of_exponentials_are_added_to_the_logits_as_logarithms():
     x, r, scale = numbers(3, 4), numbers(3, 4, seed=1), numbers(4, seed=2).abs()
     (found,), _ = explain(lambda x: (x.exp() * scale) / (x.exp() * scale).sum(-1, True), [x], r, lrp("split"))

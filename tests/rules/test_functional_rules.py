@@ -376,6 +376,16 @@ def test_products_of_three():
     close(halves.sum((1, 2, 3)), r.sum((1, 2, 3)), 1e-9)
 
 
+@pytest.mark.parametrize("gates", ["signal", "split"])
+def test_all_factors_of_a_product_along_an_axis_share_alike(gates):
+    x, r = numbers(2, 3, 5), numbers(2, 5, seed=8)
+    thirds = (r / 3)[:, None].expand(-1, 3, -1)
+    close(explain(lambda x: x.prod(1), x, r, lrp(gates=gates))[0], thirds)
+    close(explain(lambda x: torch.prod(x, dim=-2, keepdim=True)[:, 0], x, r, lrp(gates=gates))[0], thirds)
+    whole = explain(lambda x: x[:1].prod()[None, None], x[:1], r[:1, :1], lrp(gates=gates))[0]
+    close(whole, (r[:1, :1] / 15)[..., None].expand(-1, 3, 5))
+
+
 def test_recorded_gate_is_still_a_gate():
     model = Net(lambda x, gate: x[:, :3] * gate(x[:, 3:]), gate=nn.Sigmoid())
     x = numbers(2, 6, 4, 4)

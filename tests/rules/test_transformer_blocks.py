@@ -190,6 +190,7 @@ def test_gated_mlp(attention, gates):
     assert off(found, x * (to_signal if gates == "signal" else (to_signal + to_gate) / 2)) <= 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:the model ends in a softmax")
 def test_softmax_has_the_first_terms_of_its_taylor_expansion():
     """R_i = s_i (R_i' - p_i Σ R'), AttnLRP, eq. 8; what a mask hides gets nothing."""
     s, r = numbers(3, 4), numbers(3, 4, seed=1)

@@ -5,6 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import crp
+
+NAMES = [method.name for method in crp.methods()]
+MAPS = ["cam", "grad_cam", "grad_cam_pp", "guided_grad_cam"]
+#: Options that must be given, or that keep tests short.
+GIVEN = {name: {"layer": "4"} for name in MAPS} | {
+    "epsilon_gamma_box": {"low": -4.0, "high": 4.0},
+    "intgrad": {"steps": 6},
+    "smoothgrad": {"n": 6},
+    "occlusion": {"window_shape": 4, "step": 4},
+    "shapley_sampling": {"sampling_dims": (2,), "samples": 2},
+    "meaningful_perturbation": {"steps": 3, "mask_size": 4, "mask_blur": 0.0, "sigma": 1.0, "jitter": 1},
+}
+
 
 def gap_net(bias: bool = True) -> nn.Sequential:
     """Convolutions, ReLU, average over positions, one dense layer: (n, 3, 8, 8) -> (n, 4); ``"4"`` is averaged."""
@@ -63,3 +77,7 @@ class Call(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.function(*inputs)
+
+
+def explain(name, model, x, target=None, **options):
+    return crp.explain(name, model, x, target, **GIVEN.get(name, {}), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -188,6 +189,14 @@ ADDED: dict[str, Wiring] = {
     "convolution": lambda s, x: F.conv1d(x[..., None], s.V[..., None])[..., 0] + s.b,
 }
 
+
+def _by_rows(weight: Tensor) -> Tensor:
+    """A constant, row by row, of which torch says once that it is new."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return weight.detach().to_sparse_csr()
+
+
 #: Several constants of which the weight is made; and the layer of `Written` with this weight.
 OF_SEVERAL: dict[str, tuple[Wiring, str]] = {
     "einsum_three": (lambda s, x: torch.einsum("bi,ij,jo->bo", x, s.A, s.B), "low"),
@@ -201,6 +210,12 @@ OF_SEVERAL: dict[str, tuple[Wiring, str]] = {
     "bilinear_keywords": (
         lambda s, x: F.bilinear(bias=s.b, weight=s.T, input2=s.c.expand(3, 4), input1=x),
         "bilinear",
+    ),
+    "sparse_sum": (lambda s, x: torch.sparse.mm(_by_rows(s.V), x.T, "sum").T, "dense"),
+    "sparse_mean": (lambda s, x: torch.sparse.mm(_by_rows(6 * s.V), x.T, reduce="mean").T, "dense"),
+    "sparse_addmm": (
+        lambda s, x: torch.sparse.addmm(s.b[:, None].expand(5, 3), s.V.detach().to_sparse(), x.T).T,
+        "fc",
     ),
     "aten_bilinear": (lambda s, x: aten.bilinear(x, s.c.expand(3, 4), s.T, s.b), "bilinear"),
 }

@@ -216,6 +216,29 @@ def test_interventions_are_refused_together(images: Tensor) -> None:
     intervene(attribution, images[:1], "conv", ChannelConcept(), [0], [1], scale=0.0)
 
 
+class Graph(nn.Module):
+    """Scores of each of seven nodes, from those before; the edges are fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.edges = nn.Linear(3, 4), (torch.arange(7), torch.arange(7).roll(1))
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        return torch.zeros_like(h).index_add(-2, self.edges[0], h[..., self.edges[1], :])
+
+
+@pytest.mark.promise("Input", "The nodes of a fixed graph are refused as samples")
+def test_nodes_of_a_graph_that_are_taken_for_samples_are_refused() -> None:
+    data = torch.randn(7, 3, dtype=torch.float64)
+    with pytest.raises(CRPError, match=rf"{MIXED} .*; the nodes of a graph are one$"):
+        CondAttribution(Graph())(data, [LINEAR], EpsilonPlus())
+    of_node = CondAttribution(Graph())(data[None], [{"y": [(4, 1)]}], EpsilonPlus())
+    assert of_node.prediction.shape == (1, 7, 4)
+
+
 def test_a_sample_of_zeros_tells_too(images: Tensor) -> None:
     with pytest.raises(CRPError, match=MIXED):
         CondAttribution(Net(batch_norm()))(torch.cat([images[:1] * 0, images]), [LINEAR], EpsilonPlus())

@@ -213,8 +213,24 @@ def test_S17_a_dead_concept_is_pointed_out(tmp_path):
         net.first.weight[1] = 0
         net.first.bias[1] = 0
     fv = mined(tmp_path, net=net)
-    with pytest.warns(UserWarning, match="concept 1 of layer 'first' has activation 0 on its references"):
-        assert torch.equal(fv.get_max_reference([1], "first", "activation")[1], fv.dataset.data[:8])
+    with pytest.warns(
+        UserWarning, match=r"the activation of 1 of 2 concepts \(1\) of layer 'first' is 0 on their references"
+    ):
+        assert torch.equal(fv.get_max_reference([1, 2], "first", "activation")[1], fv.dataset.data[:8])
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_table_that_lacks_samples_says_so_once(tmp_path, recwarn):
+    fv = make_fv(tmp_path)
+    for stop, told in ((4, "4 of 12"), (8, "8 of 12"), (12, None)):
+        fv.run(COMPOSITE, 0, stop, progress=False)
+        recwarn.clear()
+        for _ in range(2):
+            tensors(fv, 1, mode="activation", composite=None)
+            fv.compute_stats(1, "first")
+        messages = [str(one.message) for one in recwarn]
+        assert len(messages) == (told is not None)
+        assert told is None or f"covers {told} samples, and so do answers" in messages[0]
 
 
 # --- heatmaps of relevance --------------------------------------------------------------------------------------------
@@ -535,6 +551,8 @@ def test_a_concept_that_only_speaks_against_is_told_of(tmp_path):
         net.second.bias.fill_(10.0)
     fv = make_fv(tmp_path, net=net, layers=["relu2"])
     fv.run(None, 0, 12, progress=False)
-    with pytest.warns(UserWarning, match="relevance of concept 1 of layer 'relu2' is negative everywhere"):
-        tensors(fv, 1, "relu2", composite=None)
+    with pytest.warns(UserWarning, match="negative everywhere") as told:
+        tensors(fv, range(4), "relu2", composite=None)
+    (one,) = told
+    assert str(one.message).startswith("the relevance of 4 of 4 concepts (0, 1, 2, 3) of layer 'relu2' is negative")
     tensors(fv, 1, "relu2", composite=None, mode="activation")

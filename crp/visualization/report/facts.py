@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from crp.visualization.analysis import RowSelection, similarity
+from crp.visualization.references import once_each
 from crp.visualization.table.manifest import Array
 from crp.visualization.table.question import Question
 from crp.visualization.table.ranking import ClassMeans, ReferenceSamples, class_means, once_per_sample, top_k
@@ -143,12 +144,9 @@ def _main_kind(table: Table) -> str:
 def _listed(best: ReferenceSamples | None, concept: int, n: int) -> list[Reference]:
     if best is None:
         return []
-    found: dict[int, Reference] = {}
     columns = (best.sample, best.target, best.value, best.position)
-    for one in map(Reference, *(column[:, concept].tolist() for column in columns)):
-        if one.value != 0:
-            found.setdefault(one.sample, one)
-    return list(found.values())[:n]
+    every = map(Reference, *(column[:, concept].tolist() for column in columns))
+    return [one for one in every if one.value != 0][:n]
 
 
 def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[str, int]) -> LayerFacts:
@@ -167,14 +165,14 @@ def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[
     histograms = {}
     for mode in table.modes:
         kind, normed = questions[mode].kind, questions[mode].normed
-        wanted = max(1, n[mode]) * (2 if mode == "relevance" else 1)  # a sample with several targets counts once
-        best[mode] = top_k(table, layer, mode, kind, normed, wanted, cache=True)
+        best[mode] = once_each(partial(top_k, table, layer, mode, kind, normed, cache=True), max(1, n[mode]))
         histograms[mode] = _histograms(table, layer, mode, kind, normed)
     negative = None
     # (of a largest value among positions, the least is not where a concept speaks against most)
     if n["negative"] and "sum" in table.kinds:
         normed = questions["relevance"].normed
-        negative = top_k(table, layer, normed=normed, k=2 * n["negative"], least=True, cache=True)
+        least = partial(top_k, table, layer, "relevance", "sum", normed, least=True, cache=True)
+        negative = once_each(least, 2 * n["negative"])
     kind = _main_kind(table)
     shares = class_means(table, layer, "relevance", kind, normed=True, cache=True)
     alike = _alike(table, layer, kind, shares.value.shape[1])

@@ -254,9 +254,7 @@ def _names(
 ) -> dict[int, str]:
     """What classes are called; by the table's recipe where that is not said, and by numbers."""
     if class_names is None:
-        known = table.header.recipe.get("class_names")
-        named = dict(enumerate(map(str, known))) if isinstance(known, list) else {}
-        return {target: str(target) for target in targets} | named
+        return {target: str(target) for target in targets} | dict(enumerate(table.header.class_names))
     n_outputs = fv._count_outputs(int(table.rows().sample[0]))
     known = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
     if known is not class_names and n_outputs not in (None, len(known)):

@@ -19,13 +19,7 @@ from safetensors.numpy import save
 from crp.errors import InputError
 from crp.visualization.table.columns import _class_number
 from crp.visualization.table.files import check_file, check_folder, make_own_folder, write_atomic
-from crp.visualization.table.manifest import (
-    KEPT,
-    Array,
-    TableCorruptError,
-    TableMismatchError,
-    TableNotFoundError,
-)
+from crp.visualization.table.manifest import KEPT, Array, TableCorruptError, TableMismatchError, TableNotFoundError
 from crp.visualization.table.store import Table
 
 #: Kinds of results, and the command that makes each.

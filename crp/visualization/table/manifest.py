@@ -48,9 +48,6 @@ class TableCorruptError(TableError, ValueError):
 class TableNotFoundError(TableError, FileNotFoundError):
     """Nothing was mined into the folder."""
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 class TableMismatchError(TableError, ValueError):
     """The table was mined with another model, composite, dataset, or other settings; the message says which."""
@@ -204,6 +201,12 @@ class TableHeader:
             raise InputError(f"modes, kinds and storage must be known ones, and each layer once; not {self}")
         if not isinstance(self.recipe, Mapping) or json.loads(json.dumps(self.recipe, allow_nan=False)) != self.recipe:
             raise InputTypeError(f"recipe must be plain JSON, not {self.recipe!r}")
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, by their number; none where the recipe does not say them."""
+        known = self.recipe.get("class_names")
+        return list(map(str, known)) if isinstance(known, list) else []
 
     @property
     def identity(self) -> str:

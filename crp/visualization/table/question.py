@@ -63,16 +63,16 @@ class TableAnswers:
 
     def references(self, question: Question, layer: str, size: int, of_class: int | None = None) -> ReferenceSamples:
         """See `crp.visualization.table.ranking.top_k`, which names what was not mined."""
-        mode, kind, normed = question.mode, question.kind, question.normed
-        return top_k(self.table, layer, mode, kind, normed, size, of_class=of_class, cache=True)
+        by = question.mode, question.kind, question.normed
+        return top_k(self.table, layer, *by, size, of_class=of_class, cache=True)
 
     def class_statistics(
         self, question: Question, layer: str, column: Callable[[int], int], mean_n: int
     ) -> ClassStatistics:
         """See `crp.visualization.table.ranking.class_statistics`."""
-        mode, kind, normed = question.mode, question.kind, question.normed
+        by = question.mode, question.kind, question.normed
         index = column(self.table.n_concepts(layer))
-        return class_statistics(self.table, layer, index, mode, kind, normed, mean_n=mean_n, cache=True)
+        return class_statistics(self.table, layer, index, *by, mean_n=mean_n, cache=True)
 
     def content(self, question: Question, layer: str) -> object:
         """Digest of the whole table."""
