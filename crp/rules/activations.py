@@ -12,11 +12,11 @@ from torch import Tensor
 from crp.errors import InputError
 from crp.rules.attention import _by_chain_rule
 from crp.rules.base import Attachment, Rule
+from crp.rules.entrywise import _Entrywise
 from crp.rules.exponentials import _ENDING, _exponential, _OfExponentials
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
-from crp.rules.notes import Born, _Shifted
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
 from crp.rules.terms import Term
 
@@ -33,6 +33,7 @@ class Pass(Rule):
     """
 
     settings: ClassVar[tuple[str, ...]] = ()
+    is_identity = True
 
     def __init__(self) -> None:
         super().__init__(0.0)
@@ -51,15 +52,13 @@ class Pass(Rule):
     def _below_numbers(self, layer: Layer) -> Tensor | None:
         """What is below the numbers around an activation, if the call is the last of both."""
         made = layer.parts
-        if isinstance(made, _Shifted) and made.is_hard_sigmoid:
-            layer.gives = Born.GATING | (Born.SQUASHED if min(made.low, made.high) >= 0 else Born.BALANCED)
-            is_begin = made.source is layer.inputs[0]
-            if made.is_copied and not is_begin:
+        if isinstance(made, _Entrywise) and made.activation is not None:
+            if made.activation.is_copied:
                 raise InputError(
-                    f"{layer} cuts off a sum as a hard sigmoid does, so that both are one function: no relevance flows "
-                    "through the sum, which is named as a layer. Name one before it, or behind"
+                    f"{layer} makes an activation of numbers before it, as of a hard sigmoid, so that all is one "
+                    "function: no relevance flows through what is named as a layer inside. Name one before, or behind"
                 )
-            return None if is_begin or made.source._version != made.version else made.source
+            return made.activation.tensor()
         if isinstance(made, _OfExponentials) and layer.known.has("arithmetic") and not made.is_copied:
             return made.source if made.is_unchanged() else None  # (the exponential may be too small to divide by)
         return None

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.rules.base import Rule
-from crp.rules.exponentials import _LOGARITHMS, _exponential, _OfExponentials
+from crp.rules.exponentials import _LOGARITHMS, _exponential, _OfExponentials, _softmax
 from crp.rules.functions import Function, _parameters_of, look_up
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.notes import Born
@@ -72,9 +72,13 @@ def _by_chain_rule(rule: Rule, layer: Layer) -> Tensor | None:
     again = Layer(made.again, leaves, {}, tuple(leaves), look_up(torch.softmax), place=layer.place)
     chain = _Chain(parts).attach(rule.attachment).operate(again)
     is_logarithm = layer.known.canonical in _LOGARITHMS
-    layer.gives |= 0 if made.is_weighting else Born.LOGARITHM if is_logarithm else Born.SOFTMAX
+    born = layer.born or (rule.attachment.notes.born(layer.inputs[0]),)
+    is_chosen = any(one & Born.ROUTED and not one & Born.SOFTMAX for one in born)  # (they are weights of experts)
+    layer.gives |= 0 if made.is_weighting or is_chosen else Born.LOGARITHM if is_logarithm else Born.SOFTMAX
     y = layer.output.detach()
-    return cast(Tensor, Redirect.apply(y, None, 1, chain, y.new_ones(())))  # (to the last bit as it was)
+    output = cast(Tensor, Redirect.apply(y, None, 1, chain, y.new_ones(())))  # (to the last bit as it was)
+    layer.parts = None if made.is_weighting or is_logarithm else _softmax(output)
+    return output
 
 
 def _whole(rule: Rule, layer: Layer) -> _OfExponentials | None:

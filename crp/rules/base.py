@@ -107,6 +107,7 @@ class Rule(_Stabilized, Hook):  # type: ignore[misc]
     #: Whether relevance does not depend on the input's value, so that it cannot be expressed as a multiplier.
     at_input = False
     shares = False  #: whether the rule is for operations of which several operands depend on the model's input
+    is_identity = False  #: whether an activation hands on its relevance as it is
     adds_up = False  #: whether the output is the sum of the terms, so that the operation itself need not be run
     #: Whether the rule takes weights apart, and so treats sums of weighted inputs only.
     needs_weight: ClassVar[bool] = False

@@ -125,6 +125,11 @@ def _exponential(layer: Layer) -> _OfExponentials | None:
     return _OfExponentials(layer.function, layer.args, layer.kwargs, {}, [x], source=x) if is_base else None
 
 
+def _softmax(output: Tensor) -> _OfExponentials:
+    """What is remembered of a softmax, or its copy."""
+    return _OfExponentials(lambda output: output, [output], {}, {}, [output], is_quotient=True)
+
+
 def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
     """What is remembered of a call that reads what is made of exponentials; None where they end."""
     known = [(tensor, note.parts) for tensor in op.inputs if (note := notes.of(tensor)) is not None]
@@ -137,6 +142,8 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
         return None
     if (leaves and not is_product) or (is_weighed and not _only_weighs(op, read)):
         return None
+    if leaves and any(map(_is_of_softmax, read)):  # (what is attended to is divided by a norm at most)
+        return None
     is_inverse, divisor = {made.is_inverse for made in read}, _divisor(op, below)
     if divisor is None and (len(is_inverse) > 1 or (name == "div" and len(read) > 1)):
         return None
@@ -147,19 +154,25 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
         function, args = _on_a_copy(function), [args[0].clone(), *args[1:]] if id(args[0]) not in below else args
     is_summed = name in _SUMMING or op.known.parse is not None or any(made.is_summed for made in read)
     if not is_summed and name in ("add", "sub") and len(op.inputs) > 1:  # (of one tensor, they may be a tanh)
-        is_summed = notes.common(_exponents(read)) is None
+        exponents = _exponents(read)
+        is_summed = not exponents or notes.common(exponents) is None
     shares = {None} if leaves else {made.share for made in read if made.is_weighting}
     is_alone = len(read) == 1 and not leaves and op.known.has("elementwise") and not _inverts(op)
     return _OfExponentials(
         function, args, op.kwargs, below, leaves,
         is_inverse=is_inverse.pop() != _inverts(op),
-        is_quotient=divisor is not None,
+        is_quotient=divisor is not None or (name == "clone" and _is_of_softmax(read[0])),
         is_summed=is_summed,
         is_weighting=bool(leaves) or any(made.is_weighting for made in read),
         share=shares.pop() if len(shares) == 1 else None,
         source=read[0].source if is_alone else None,
         is_copied=name == "clone" or any(made.is_copied for made in read),
     )  # fmt: skip
+
+
+def _is_of_softmax(made: _OfExponentials) -> bool:
+    """Whether it is a softmax, or such with constants, so that a layer's relevance may flow through it."""
+    return not made.is_weighting and all(one.is_quotient for one in made.calls() if not one.below)
 
 
 def _inverts(op: Operation) -> bool:

@@ -89,7 +89,7 @@ class Gate(_Shared):
 
     def _made_of(self, layer: Layer) -> Tensor | None:
         """What both factors are made of entry by entry, where the relevance is split; None if there is nothing."""
-        if self.attachment is None or self.mode == "signal" or layer.inputs[0] is layer.inputs[1]:
+        if self.attachment is None or layer.inputs[0] is layer.inputs[1]:
             return None
         note = None if self._gate(layer) is not None else self.attachment.notes.common(layer.inputs)
         source = None if note is None else note.tensor()

@@ -332,6 +332,7 @@ def _described(name: str, is_attribute: bool = False) -> Function:
     keeps |= Born.ACTIVATION if properties >= {"rescaled", "elementwise"} else 0  # (the square of one is one)
     keeps |= Born.SOFTMAX if "elementwise" in properties else 0
     keeps |= _KEPT_BETWEEN if "between" in properties else 0  # (a gate may be resized, attention averaged)
+    keeps |= Born.SQUASHED if canonical in ("cumprod", "prod") else 0
     gives |= sum(flag for name, flag in _GIVEN.items() if name in properties)
     gives |= Born.SOFTMAX if canonical in ("softmax", "softmin") else 0
     gives |= Born.EXPONENTIAL if canonical in ("exp", "exp2", "rpow") else 0

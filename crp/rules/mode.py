@@ -20,13 +20,14 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.exponentials import _combined, _OfExponentials
-from crp.rules.functions import Function, look_up
+from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise
+from crp.rules.exponentials import _combined, _OfExponentials, _softmax
+from crp.rules.functions import Function, activation, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _steps
 from crp.rules.operation import RESULTS, Operation
-from crp.rules.passing import BEGINNING, _copied, _passed, _remembered
+from crp.rules.passing import _copied, _passed
 from crp.rules.recurrent import RECURRENT
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
@@ -172,12 +173,11 @@ class SeeingMode(TorchFunctionMode):
             with self:
                 return apart(*op.args, **op.kwargs)
         # (operands may be overwritten, and then nothing is known)
-        passed, alone = _passed(op, self.notes), len(op.inputs) == 1 and not is_affine
-        note = self.notes.of(op.inputs[0]) if alone else None
-        is_plain = note is None or (note.parts is None and op.known.canonical not in BEGINNING)
-        parts = _combined(op, self.notes) if self.notes.has_exponentials else None
-        if parts is None and note is not None and not is_plain:
-            parts = _remembered(op, note.parts)
+        passed = _passed(op, self.notes)
+        parts = self._parts(op) if self.notes.has_parts or op.known.canonical in BEGINNING else None
+        if isinstance(parts, _Entrywise):
+            passed |= parts.gives
+            choice = choice if parts.activation is None else self._of_activation(choice, op)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
         if below is not None and op.known.canonical in ("mul", "div") and not all(i is op.inputs[0] for i in op.inputs):
             passed |= Born.ACTIVATION  # (as x * sigmoid(x) is)
@@ -188,8 +188,26 @@ class SeeingMode(TorchFunctionMode):
         else:
             result, layer = self._by_rule(choice, op, parts)
             passed, parts = passed | layer.gives, layer.parts
+        is_quotient = isinstance(parts, _OfExponentials) and parts.is_quotient
+        if (is_quotient or op.known.canonical == "softmax") and isinstance(result, Tensor):
+            parts = _softmax(result)
         self._note(op, result, passed, copied, parts, below)
         return result
+
+    def _parts(self, op: Operation) -> Any:
+        """What is remembered of a call, by what is of its operands."""
+        notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
+        kinds = {type(note.parts) for note in notes}
+        parts: Any = _combined(op, self.notes) if _OfExponentials in kinds else None
+        begins = op.known.canonical in BEGINNING and len(op.inputs) == 1 and _Entrywise not in kinds
+        if parts is None and (begins or _Entrywise in kinds):
+            return _entrywise(op, self.notes, begins)
+        return notes[0].parts if notes and op.known.canonical == "clone" and parts is None else parts
+
+    def _of_activation(self, choice: Choice, op: Operation) -> Choice:
+        """Rule of activations where they are the identity, unless another one is meant for the call."""
+        other = self.choose(activation(op.known.name), "activation")
+        return other if other.rule is not None and other.rule.is_identity and other.number <= choice.number else choice
 
     def _by_rule(self, choice: Choice, op: Operation, parts: Any) -> tuple[Any, Layer]:
         """Output of an operation, with the rule as its gradient; and the operation as the rule has seen it."""
@@ -253,7 +271,6 @@ class SeeingMode(TorchFunctionMode):
             self.notes.add(result, flags, copied, below)
         if parts is not None:
             self.notes.remember(result, parts)
-            self.notes.has_exponentials |= isinstance(parts, _OfExponentials)
         if op.known.canonical == "mul" and not op.overwrites:
             self.products.add(result, (*op.args, *op.kwargs.values()))
 

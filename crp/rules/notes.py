@@ -7,10 +7,9 @@ it; reading it is an error.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -71,44 +70,6 @@ class Note:
         self.flags, self.copied, self.parts, self.below = flags, copied, parts, below
 
 
-class _Shifted(NamedTuple):
-    """What is remembered of a tensor to which a number was added, perhaps scaled and cut off: it may be a hard sigmoid.
-
-    Attributes
-    ----------
-    source : Tensor
-        What the number was added to.
-    version : int
-        Of its values.
-    low, middle, high : float
-        The value where the source is minus infinity, 0 and infinity.
-    is_copied : bool
-        Whether it was copied since, as a layer's output is through which relevance shall flow.
-    """
-
-    source: Tensor
-    version: int
-    low: float = -math.inf
-    middle: float = 0.0
-    high: float = math.inf
-    is_copied: bool = False
-
-    @property
-    def is_hard_sigmoid(self) -> bool:
-        """Whether it is cut off as far below the middle as above, so that the number is part of an activation."""
-        width = abs(self.high - self.low)
-        return math.isfinite(width) and abs(self.low + self.high - 2 * self.middle) <= 1e-6 * width
-
-    def after(self, function: Callable[[float], float]) -> _Shifted:
-        """The same for what a function that never falls, or never rises, makes of the values."""
-        return self._replace(low=function(self.low), middle=function(self.middle), high=function(self.high))
-
-    def moved(self, function: Callable[[Tensor], Tensor]) -> _Shifted:
-        """The same where a function has rearranged entries."""
-        source = function(self.source)
-        return self._replace(source=source, version=self.version + source._version - self.source._version)
-
-
 class Copied:
     """How a tensor was copied from the model's input: not at all, or by a call whose operands are copies themselves.
 
@@ -140,8 +101,8 @@ class Notes:
     ----------
     tolerant : int
         Number of running modules in which tensors may be made unseen.
-    has_exponentials, has_logarithms : bool
-        Whether any tensor is remembered to be made of exponentials, or is a logarithm of a sum of such.
+    has_parts, has_logarithms : bool
+        Whether rules remember anything of a tensor, and whether any is a logarithm of a sum of exponentials.
     """
 
     def __init__(self) -> None:
@@ -149,7 +110,7 @@ class Notes:
         #: Last seen change in place, by base, which may be gone: itself, its version, flags.
         self._writes: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
         self._inputs: list[Any] = []  # nodes and leaves of the model's inputs in autograd's graph
-        self.tolerant, self.has_exponentials, self.has_logarithms = 0, False, False
+        self.tolerant, self.has_parts, self.has_logarithms = 0, False, False
 
     def enter(self, tensor: Tensor, leaf: Tensor | None) -> None:
         """Note an input of the model; ``leaf`` is what takes relevance that needs no value, if anything does."""
@@ -183,7 +144,9 @@ class Notes:
 
     def remember(self, tensor: Tensor, parts: Any) -> None:
         """Keep what a rule remembers of the call that made a tensor."""
-        note = self.of(tensor)
+        note, self.has_parts = self.of(tensor), True
+        if note is None and isinstance(tensor, Tensor) and not tensor.requires_grad:
+            note = self._notes[id(tensor)] = Note(tensor, 0)
         if note is not None:
             note.parts = parts
 
@@ -274,7 +237,8 @@ class Notes:
     def leads_outside(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on the model's input as it is, or a rule remembers what it was made of."""
         note = self.of(tensor)
-        return note is None or note.parts is not None or self._reaches_input(tensor)
+        is_remembered = note is not None and getattr(note.parts, "is_shifted", note.parts is not None)
+        return note is None or is_remembered or self._reaches_input(tensor)
 
     def allow(self, tensors: Iterable[Tensor]) -> None:
         """Note tensors that were made unseen where that is allowed."""
@@ -327,4 +291,4 @@ class Notes:
         self._notes.clear()
         self._writes.clear()
         self._inputs.clear()
-        self.tolerant, self.has_exponentials, self.has_logarithms = 0, False, False
+        self.tolerant, self.has_parts, self.has_logarithms = 0, False, False

@@ -39,6 +39,15 @@ _SHIFTS = {
     for known in (look_up(torch.add), look_up(torch.sub), look_up(torch.rsub))
 }
 _of_kernel = ("input", "weight", "bias")  # (what kernels of norms begin with)
+#: Functions that cut off, if one of the two operands is a number.
+_CUTS = {
+    look_up(function): look_up(cut)
+    for cut, functions in (
+        (torch.clamp_min, (torch.maximum, torch.fmax, torch.max)),
+        (torch.clamp_max, (torch.minimum, torch.fmin, torch.min)),
+    )
+    for function in functions
+}
 #: Functions of several results: what each is the result of; those of a norm that follow are statistics.
 RESULTS = {
     "var_mean": (look_up(torch.var), look_up(torch.mean)),
@@ -112,6 +121,9 @@ class Operation:
                 self.known = _REDUCING[self.known]
             if is_single and self.flags & Born.GATING and self.known in _SHIFTS and self._is_beside_a_number():
                 self.known = _SHIFTS[self.known]
+            elif is_single and self.known in _CUTS and len(self._tensors()) == 2 and self._is_beside_a_number():
+                self.known = _CUTS[self.known]
+                self.kind = self.known.kind
             return
         self.operands = self.known.parse(self.function, self.args, self.kwargs, self.depends)
         if self.operands is NOTHING_SUMMED:
@@ -123,7 +135,7 @@ class Operation:
             self.known, self.kind = _add, ""
         elif is_single and self.known.canonical == "sparse_mm":  # (of weighted inputs, the largest is chosen)
             self.known, self.kind = _largest, ""
-        elif len(list(tensors_in((self.args, self.kwargs)))) == 1:  # there is nothing to weight it with
+        elif len(self._tensors()) == 1:  # there is nothing to weight it with
             self.known, self.kind = _sum, ""
         else:
             self.kind = "" if is_single else "product"
@@ -134,8 +146,10 @@ class Operation:
 
     def _is_beside_a_number(self) -> bool:
         """Whether all other operands are numbers, or constant tensors of one number, which is no parameter."""
-        others = (tensor for tensor in tensors_in((self.args, self.kwargs)) if tensor is not self.inputs[0])
-        return all(map(_is_one_number, others))
+        return all(_is_one_number(tensor) for tensor in self._tensors() if tensor is not self.inputs[0])
+
+    def _tensors(self) -> list[Tensor]:
+        return list(tensors_in((self.args, self.kwargs)))
 
     def out_of_place(self) -> tuple[Operation, Tensor]:
         """The same call on a copy of its first operand; and that operand, which the call itself would overwrite."""

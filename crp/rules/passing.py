@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from crp.layers.devices import holds
 from crp.rules.functions import _arguments_of
 from crp.rules.layer import changed
-from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes, _Shifted
+from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation
 from crp.trace.recorder import tensors_in
@@ -31,17 +30,7 @@ _CUTTING = {
     "relu": (0.0, math.inf),
     "relu6": (0.0, 6.0),
 }
-#: Functions of a value and a number.
-_ON_NUMBERS: dict[str, Callable[[float, float], float]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "rsub": operator.sub,  # (the other way round)
-    "mul": operator.mul,
-    "div": operator.truediv,
-}
-#: Functions of these and of others that cut off on both sides; what they begin may be a hard sigmoid.
 _SUMS = frozenset(("add", "sub", "rsub"))
-BEGINNING = frozenset(("clamp", "hardsigmoid", "hardtanh", *_SUMS))
 #: Functions of which it depends on the operands what is known of the result.
 _ELEMENTWISE = frozenset(("mul", "div", "rdiv", "reciprocal", "pow", "clamp", "clamp_min", "hardtanh", *_SUMS))
 #: Functions of which the values of a gate, or their powers, make one.
@@ -54,7 +43,7 @@ def _passed(op: Operation, notes: Notes) -> int:
     kept = flags & known.keeps
     if name in _ELEMENTWISE:
         kept = _kept_by(op, kept, notes)
-    if flags & (Born.SOFTMAX | Born.ROUTED) and (known.has("indexes") or _is_indexed(op)):
+    if flags & (Born.SOFTMAX | Born.ROUTED | Born.EXPONENTIAL) and (known.has("indexes") or _is_indexed(op)):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
     elif name in _CHOOSING:
         kept |= Born.ROUTED if flags & Born.SQUASHED else Born.CHOSEN
@@ -141,47 +130,6 @@ def _bounds(op: Operation) -> tuple[float, float]:
     bounds = zip((low, high), _CUTTING[op.known.canonical], strict=True)
     lowest, highest = (float(value) if isinstance(value, int | float) else default for value, default in bounds)
     return lowest, highest
-
-
-def _remembered(op: Operation, parts: Any) -> Any:
-    """What rules remember of an operation's only operand, as it holds for the result; None if nothing does."""
-    name = op.known.canonical
-    begun = parts if isinstance(parts, _Shifted) else None
-    if name == "clone":
-        return parts if begun is None else begun._replace(is_copied=True)
-    if name in _SUMS and "identity" in op.known.properties:  # (a number beside an activation)
-        return begun
-    if begun is not None and op.known.has("copies") and name not in _SEVERAL and op.args[:1] and not op.overwrites:
-        return begun.moved(partial(_run_on, op))
-    if begun is None and (op.overwrites or name not in BEGINNING):
-        return None
-    function = _on_numbers(op)
-    if function is None:
-        return None
-    shifted = (begun or _Shifted(op.inputs[0], op.inputs[0]._version)).after(function)
-    return shifted if begun is not None or name in _SUMS or shifted.is_hard_sigmoid else None
-
-
-def _on_numbers(op: Operation) -> Callable[[float], float] | None:
-    """What an operation makes of a value, where it adds a number, scales or cuts off by it; None of others."""
-    name = op.known.canonical
-    if name == "neg":
-        return operator.neg
-    if name == "hardsigmoid":
-        return lambda value: min(max(value / 6 + 0.5, 0.0), 1.0)
-    if name in _CUTTING:
-        low, high = _bounds(op)
-        return lambda value: min(max(value, low), high)
-    if name not in _ON_NUMBERS:
-        return None
-    given, calculate = _arguments_of(op.known, op.function, op.args, op.kwargs), _ON_NUMBERS[name]
-    alpha, (first, second, *others) = given.pop("alpha", 1), given.values()
-    number = second if first is op.inputs[0] else first
-    if others or not isinstance(number, int | float) or not number:
-        return None
-    if (name == "rsub") == (number is second):
-        return lambda value: calculate(float(number), value * alpha)
-    return lambda value: calculate(value, float(number) * alpha)
 
 
 def _has_tensor(value: object) -> bool:

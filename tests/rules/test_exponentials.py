@@ -122,6 +122,62 @@ def test_attention_to_nothing(attend, kind):
     assert_same_map(net(attend), net(to_nothing), DATA, kind())
 
 
+MASK = torch.ones(5, 5, dtype=torch.float64).tril()
+
+
+def behind_a_mask(q, k, v):
+    return logits(q, k).masked_fill(MASK == 0, -torch.inf).softmax(-1) @ v
+
+
+def by_sum(q, k, v):
+    p = logits(q, k).softmax(-1) * MASK
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+def by_norm(q, k, v):
+    return F.normalize(logits(q, k).softmax(-1).masked_fill(MASK == 0, 0.0), p=1, dim=-1) @ v
+
+
+def written_out(q, k, v):
+    e = logits(q, k).exp()
+    p = e / e.sum(-1, keepdim=True) * MASK
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attend", [by_sum, by_norm, written_out])
+def test_softmax_that_is_masked_and_divided_by_its_sum_again(attend, kind):
+    """Under AttnLRP, queries and keys had another share than behind a mask before the softmax."""
+    assert_same_map(net(attend), net(behind_a_mask), DATA, kind())
+    assert_closes(net(attend), DATA, kind())
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP, CPLRP])
+def test_the_norm_of_what_was_attended_to_is_held_constant(kind):
+    def written(q, k, v):
+        attended = behind_a_mask(q, k, v)
+        return attended / (attended.pow(2).mean(-1, keepdim=True) + 1e-6).pow(0.5)
+
+    assert_same_map(net(written), net(lambda *qkv: F.rms_norm(behind_a_mask(*qkv), (6,), eps=1e-6)), DATA, kind())
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP])
+@pytest.mark.parametrize("shares", [lambda z: z.softmax(-1), torch.exp], ids=["softmax", "exp"])
+def test_weights_of_experts_that_an_index_chooses_are_held_constant(shares, kind):
+    def attend(is_held):
+        def mixed(q, k, v):
+            p = shares(k)
+            best = p.detach().topk(2, -1).indices
+            p = p.gather(-1, best)
+            p = p / p.sum(-1, keepdim=True)
+            experts = torch.stack([q * i + v for i in range(6)], 2)
+            return (p.detach() if is_held else p)[:, :, None] @ experts.take_along_dim(best[..., None], 2)
+
+        return lambda *qkv: mixed(*qkv).squeeze(2)
+
+    assert_same_map(net(attend(False)), net(attend(True)), DATA, kind())
+
+
 #: Edges of a graph of five nodes, each with at least one that ends there.
 BEGIN, END = torch.tensor([0, 1, 2, 3, 4, 0, 2]), torch.tensor([1, 2, 3, 4, 0, 2, 1])
 
@@ -208,3 +264,25 @@ def test_what_is_recorded_changes_nothing():
         CondAttribution(model)(data, [{"y": 1}], AttnLRP(), record_layer=names).heatmap for names in ([], ["exp"])
     )
     assert off(recording, plain) <= 1e-12
+
+
+class Masking(nn.Module):
+    def forward(self, p):
+        return p * MASK.new_tensor([1, 1, 0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("layer", ["softmax", "masking"])
+def test_a_softmax_that_is_recorded_has_what_flows_through_it(layer):
+    def wiring(s, x):
+        p = s.masking(s.softmax(s.scores(x)))
+        return s.head(p / p.sum(-1, keepdim=True) * x)
+
+    layers = {"scores": nn.Linear(6, 6), "softmax": nn.Softmax(-1), "masking": Masking(), "head": nn.Linear(6, 3)}
+    model, data = seeded(core_cases.Net(wiring, **layers)), numbers(3, 6)
+    attribution = CondAttribution(model)
+    plain, recorded = (attribution(data, [{"y": 1}], AttnLRP(), record_layer=names) for names in ([], [layer]))
+    assert off(recorded.heatmap, plain.heatmap) <= 1e-12
+    assert recorded.relevances[layer].abs().max() > 0
+    parts = [attribution(data, [{"y": 1, layer: [i]}], AttnLRP()).heatmap for i in range(6)]
+    only = attribution(data, [{"y": 1, layer: list(range(6))}], AttnLRP()).heatmap
+    assert only.abs().max() > 0 and off(sum(parts), only) <= 1e-9

@@ -221,6 +221,7 @@ STILL_GATES = {
     "sum": lambda g: 0.3 * g + 0.7 * g.flip(1),
     "lerp": lambda g: torch.lerp(g, g.flip(1), 0.3),
     "normalized": lambda g: F.normalize(g, p=1, dim=1),
+    "transmitted": lambda g: (1 - g).cumprod(-1),
     "of_one_norm": lambda g: (g - g.amin((2, 3), keepdim=True)) / (g.amax((2, 3), keepdim=True) - g.amin((2, 3), True)),
 }
 
@@ -236,6 +237,7 @@ class Multiplied(nn.Module):
         return self.head((self.act(self.signal(x)) * (gate.detach() if self.held else gate)).mean((2, 3)))
 
 
+@pytest.mark.filterwarnings("ignore:CPLRP has no rule for cumprod")
 @pytest.mark.parametrize("act", [F.relu, nn.Identity()], ids=["relu", "linear"])
 @pytest.mark.parametrize("name", STILL_GATES)
 def test_what_becomes_of_a_gate_is_one(name, act):

@@ -18,6 +18,7 @@ from crp.attribution import CondAttribution
 PRESETS = LRP_PRESETS | {name: partial(composites.get, name) for name in ("attn_lrp", "relp")}
 DATA = numbers(3, 6, seed=3)
 ONE = torch.ones(1, dtype=torch.float64)
+ZERO, HALF, THREE, SIX = 0 * ONE, ONE / 2, 3 * ONE, torch.tensor(6.0, dtype=torch.float64)
 
 
 class Net(nn.Module):
@@ -87,8 +88,30 @@ SPELLINGS = {
         "complement_in_place": lambda a: F.hardsigmoid(-a).neg_().add_(1),
         "complement_of_relu6": lambda a: 1 - F.relu6(3 - a) / 6,
         "of_hardtanh": lambda a: (F.hardtanh(a / 3) + 1) / 2,
+        "of_tensors": lambda a: torch.clamp(a + THREE, ZERO, SIX) / SIX,
+        "maximum_and_minimum": lambda a: torch.minimum(torch.maximum(a + 3, ZERO), SIX) / 6,
+        "max_and_min": lambda a: torch.min(torch.max(torch.zeros_like(a), a + 3), torch.full_like(a, 6)) / 6,
+        "two_relus": lambda a: (F.relu(a + 3) - F.relu(a - 3)) / 6,
+        "one_less_relus": lambda a: 1 - F.relu(1 - F.relu(a / 6 + 0.5)),
+        "where": lambda a: torch.where(a <= -3, ZERO, torch.where(a >= 3, ONE, (a + 3) / 6)),
+        "masked": lambda a: ((a + 3) / 6).masked_fill(a < -3, 0).masked_fill(a > 3, 1),
+        "behind_a_number": lambda a: F.relu6((a + 3 - 3) + 3) / 6,
     },
-    F.hardtanh: {"clamp": lambda a: a.clamp(-1, 1)},
+    F.hardtanh: {
+        "clamp": lambda a: a.clamp(-1, 1),
+        "maximum_and_minimum": lambda a: torch.minimum(torch.maximum(a, -ONE), ONE),
+        "distances": lambda a: ((a + 1).abs() - (a - 1).abs()) / 2,
+    },
+    F.softshrink: {
+        "by_sign": lambda a: a.sign() * F.relu(a.abs() - 0.5),
+        "by_sign_and_maximum": lambda a: torch.sign(a) * torch.maximum(a.abs() - HALF, ZERO),
+        "two_relus": lambda a: F.relu(a - 0.5) - F.relu(-a - 0.5),
+        "where": lambda a: torch.where(a > 0.5, a - 0.5, torch.where(a < -0.5, a + 0.5, ZERO)),
+        "less_clamp": lambda a: a - a.clamp(-0.5, 0.5),
+    },
+    F.relu6: {"minimum": lambda a: torch.minimum(F.relu(a), SIX), "fmin": lambda a: torch.fmin(SIX, F.relu(a))},
+    F.mish: {"by_exp": lambda a: a * ((1 + a.exp()) ** 2 - 1) / ((1 + a.exp()) ** 2 + 1)},
+    F.hardswish: {"maximum_and_minimum": lambda a: a * torch.minimum(torch.maximum(a + 3, ZERO), SIX) / 6},
     torch.sigmoid: {"complement_of_by_exp": lambda a: 1 - 1 / (1 + torch.exp(a))},
     torch.tanh: {"by_exp": lambda a: 1 - 2 / (1 + (2 * a).exp())},
 }
@@ -124,12 +147,13 @@ def test_a_hard_sigmoid_that_torch_has_exported():
     assert_same_map(exported, plain, DATA, composites.AttnLRP())
 
 
+EACH = torch.linspace(1, 1.5, 6, dtype=torch.float64)
 #: Sums with a number that is a bias, and cuts of them.
 BIASES = {
     "not_in_the_middle": lambda a: F.relu6(a + 2),
     "one_side": lambda a: (a + 3).clamp(min=0),
-    "of_a_bound_per_entry": lambda a: (a + 3).clamp(0 * ONE, 6 * ONE),
-    "scaled": lambda a: F.relu6((a + 3) * ONE),
+    "of_a_bound_per_entry": lambda a: (a + 3).clamp(0 * EACH, 6 * EACH),
+    "scaled": lambda a: F.relu6((a + 3) * EACH),
     "a_parameter": lambda a: F.relu6(a + nn.Parameter(3 * ONE)),
 }
 
@@ -202,7 +226,7 @@ def test_the_sum_with_the_number_is_no_layer_through_which_relevance_flows(keywo
     """Recording it made the number a bias, in the heatmap, too."""
     net = seeded(nn.Sequential(nn.Linear(6, 6), Plus(), nn.ReLU6(), nn.Linear(6, 3)))
     attribution, conditions = CondAttribution(net), [{"y": 1}]
-    with pytest.raises(ValueError, match="cuts off a sum as a hard sigmoid does"):
+    with pytest.raises(ValueError, match="makes an activation of numbers before it"):
         attribution(DATA, conditions, composites.UniformLRP0(), **keywords)
     others = {"record_layer": ["0", "2"]}
     recorded, plain = (attribution(DATA, conditions, composites.UniformLRP0(), **k) for k in (others, {}))

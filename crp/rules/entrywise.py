@@ -1,0 +1,184 @@
+"""Functions of one tensor, entry by entry: with the numbers in it, what is written out may be one activation.
+
+A number that is added before an activation is a bias, and keeps its share. But a function that is symmetric about zero,
+``f(x) + f(-x) = 2 f(0)``, has none: neither a hard sigmoid such as ``relu6(x + 3) / 6``, nor soft shrinkage such as
+``relu(x - t) - relu(-x - t)``. To tell them apart, what is computed of a tensor is computed of some points, too.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from crp.layers.devices import holds
+from crp.rules.layer import changed
+from crp.rules.notes import Born, Notes
+from crp.rules.operation import Operation, _is_one_number, _on_a_copy
+from crp.rules.passing import _CUTTING, _SEVERAL, _SUMS, _bounds, _run_on
+from crp.trace.recorder import tensors_in
+
+_CONDITIONS = frozenset(("ge", "gt", "le", "lt"))
+#: Functions that choose; what they choose may be a tensor of one number in every entry.
+_CHOOSING = frozenset("clamp clamp_max clamp_min fmax fmin masked_fill maximum minimum where".split())  # noqa: SIM905
+#: Functions that such a function may begin with: in these, a variable of the model still holds what they read.
+_HELD = _CONDITIONS | {"abs", "neg", "sign"}
+BEGINNING = _SUMS | _HELD | {"clamp", "hardsigmoid", "hardtanh"}
+_AMOUNTS = 10.0 ** torch.linspace(-3, 4, 36, dtype=torch.float64, device="cpu")
+_POINTS = torch.cat([-_AMOUNTS.flip(0), 0 * _AMOUNTS[:1], _AMOUNTS])
+#: How many tensors are remembered that a function may be one of.
+_MOST = 6
+
+
+class _Source(NamedTuple):
+    """A tensor, or what gives it, that a function may be one of, and what the function makes of `_POINTS`.
+
+    ``is_copied`` says whether a layer's output is in between, through which relevance shall flow.
+    """
+
+    tensor: Callable[[], Tensor | None]
+    version: int
+    values: Tensor
+    is_copied: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it still has its values."""
+        tensor = self.tensor()
+        return tensor is not None and tensor._version == self.version
+
+
+@dataclass(eq=False, slots=True)
+class _Entrywise:
+    """What is remembered of a tensor that is made of another one, entry by entry and by numbers.
+
+    Attributes
+    ----------
+    sources : dict of int to _Source
+        What it is a function of, by `id`, the latest last.
+    passing : frozenset of int
+        Those of them to which its relevance goes as it is.
+    is_shifted : bool
+        Whether a number was added.
+    activation : _Source or None
+        That of which it is one activation, if relevance has to be sent there.
+    gives : int
+        What is known of it (`Born`).
+    """
+
+    sources: dict[int, _Source]
+    passing: frozenset[int]
+    is_shifted: bool
+    activation: _Source | None = None
+    gives: int = 0
+
+    def find_activation(self) -> None:
+        """Find out whether it is one activation."""
+        for key, source in reversed(self.sources.items()):
+            if holds(partial(_is_symmetric, source.values)):
+                self.gives = _given(source.values)
+                if self.is_shifted and key not in self.passing and source.is_there:
+                    self.activation, self.passing = source, frozenset((key,))
+                return
+
+
+def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
+    """What is remembered of a call, if it is such a function, or one ``begins`` there; None of others."""
+    if begins and not _may_begin(op):
+        return None
+    name, known, x = op.known.canonical, op.known, op.inputs[0]
+    tensors = list(tensors_in((op.args, op.kwargs)))
+    parts = {id(tensor): note.parts for tensor in tensors if (note := notes.of(tensor)) is not None}
+    made = {number: one for number, one in parts.items() if isinstance(one, _Entrywise)}
+    if known.has("copies"):
+        is_moved = len(made) == len(tensors) == 1 and name not in _SEVERAL and op.args[:1] and not op.overwrites
+        return _moved(op, made[id(x)]) if is_moved else None
+    if not (known.has("elementwise") or name in _CONDITIONS) or "dropout" in known.name or "out" in op.kwargs:
+        return None
+    read, numbers = dict[int, dict[int, _Source]](), dict[int, Tensor]()
+    for tensor in tensors:
+        if tensor.shape == x.shape and (id(tensor) in made or op.depends(tensor)):
+            found = partial(_itself, tensor) if name in BEGINNING - _HELD else weakref.ref(tensor)
+            below = made[id(tensor)].sources if id(tensor) in made else {}
+            read[id(tensor)] = {key: source for key, source in below.items() if source.is_there}
+            read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _POINTS)
+        elif not op.depends(tensor) and _broadcasts(tensor, x, name in _CHOOSING) and _is_one_number(tensor):
+            numbers[id(tensor)] = tensor.detach().flatten()[0].cpu()
+        else:
+            return None
+    sources = dict[int, _Source]()
+    for key in [key for key in read[id(x)] if all(key in others for others in read.values())][-_MOST:]:
+        of_source = {number: others[key] for number, others in read.items()}
+        values = _values(op, numbers | {number: source.values for number, source in of_source.items()})
+        is_copied = any(source.is_copied for source in of_source.values())
+        sources[key] = of_source[id(x)]._replace(values=values, is_copied=is_copied)
+    passing = frozenset(read).union(*(one.passing for one in made.values()))
+    # (what a number is added to may be 0, and then hand nothing on)
+    passing = passing if len(read) == 1 and name not in _SUMS else frozenset()
+    result = _Entrywise(sources, passing, name in _SUMS or any(one.is_shifted for one in made.values()))
+    if name not in (_HELD | _SUMS if begins else _CONDITIONS):
+        result.find_activation()
+    return result if sources else None
+
+
+def _broadcasts(tensor: Tensor, x: Tensor, is_choosing: bool) -> bool:
+    """Whether a tensor may stand for one number beside another tensor."""
+    if tensor.numel() == 1:
+        return tensor.dim() <= x.dim()
+    return is_choosing and torch.broadcast_shapes(tensor.shape, x.shape) == x.shape  # type: ignore[no-untyped-call]
+
+
+def _may_begin(op: Operation) -> bool:
+    """Whether such a function may begin with a call of real numbers: where it cuts off, as far below zero as above."""
+    lowest, highest = _bounds(op) if op.known.canonical in _CUTTING else (0, 0)
+    return not op.inputs[0].is_complex() and -math.inf < lowest == -highest
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _values(op: Operation, known: Mapping[int, Tensor]) -> Tensor:
+    """What a call makes of other tensors in place of those that it reads."""
+    kwargs = {key: value for key, value in op.kwargs.items() if key != "inplace"}
+    function = _on_a_copy(op.function) if op.overwrites and not op.kwargs.get("inplace") else op.function
+    with torch.no_grad():  # (a function that works in place may be told so by position)
+        args, kwargs = changed((tuple(op.args), kwargs), lambda tensor: known[id(tensor)].clone())
+        return cast(Tensor, function(*args, **kwargs))
+
+
+def _moved(op: Operation, made: _Entrywise) -> _Entrywise:
+    """The same where a function has moved or copied entries."""
+    sources, passing = dict[int, _Source](), list[int]()
+    for key, source in made.sources.items():
+        tensor = source.tensor()
+        if op.known.canonical == "clone":
+            sources[key] = source._replace(is_copied=True)
+        elif tensor is not None and source.is_there:
+            tensor = _run_on(op, tensor)
+            key = id(tensor)
+            sources[key] = source._replace(tensor=partial(_itself, tensor), version=tensor._version)
+        passing += [key] if key in made.passing else []
+    return _Entrywise(sources, frozenset(passing), made.is_shifted)
+
+
+def _is_symmetric(values: Tensor) -> Tensor:
+    """Whether a function is symmetric about zero, and not linear."""
+    below, middle, above = values.split_with_sizes([len(_AMOUNTS), 1, len(_AMOUNTS)])
+    below, above = middle - below.flip(0), above - middle
+    rounding, line = 1e-6 * (above.abs() + below.abs() + middle.abs()), above[-1] / _AMOUNTS[-1] * _AMOUNTS
+    return ((above - below).abs() <= rounding).all() & ((above - line).abs() > rounding).any()
+
+
+def _given(values: Tensor) -> int:
+    """What is known of results, if they are bounded."""
+    if not holds(lambda: (values[0] == values[1]) & (values[-1] == values[-2])):
+        return Born.ACTIVATION
+    is_positive = holds(lambda: (values >= 0).all())
+    return Born.ACTIVATION | Born.GATING | (Born.SQUASHED if is_positive else Born.BALANCED)
