@@ -156,11 +156,8 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         ravel repeat repeat_interleave reshape_as roll rot90 select slice split split_with_sizes swapaxes swapdims t
         tensor_split tile unbind unflatten unfold unsafe_chunk unsafe_split unsafe_view view_as vsplit""",
     ),
-    (
-        "",
-        "homogeneous linear selects copies elementwise",
-        "alias as_tensor cpu cuda identity resolve_conj resolve_neg to_copy type type_as",
-    ),
+    ("", "homogeneous linear selects copies elementwise", "alias as_tensor cpu cuda identity resolve_conj resolve_neg"),
+    ("", "homogeneous linear selects copies elementwise", "to_copy type type_as"),
     ("", "homogeneous linear selects", "broadcast_tensors pack_padded_sequence pad_packed_sequence tril triu"),
     ("", "homogeneous selection selects copies indexes", "gather index_select take_along_dim"),
     ("", "homogeneous linear constant selects copies sign", "cat"),
