@@ -12,12 +12,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from crp.layers.devices import holds
+from crp.layers.devices import holds, is_recording
 from crp.rules.layer import changed
 from crp.rules.notes import Born, Notes
 from crp.rules.operation import Operation, _is_one_number, _on_a_copy
@@ -32,19 +32,48 @@ _HELD = _CONDITIONS | {"abs", "neg", "sign"}
 BEGINNING = _SUMS | _HELD | {"clamp", "hardsigmoid", "hardtanh"}
 _AMOUNTS = 10.0 ** torch.linspace(-3, 4, 36, dtype=torch.float64, device="cpu")
 _POINTS = torch.cat([-_AMOUNTS.flip(0), 0 * _AMOUNTS[:1], _AMOUNTS])
-#: How many tensors are remembered that a function may be one of.
-_MOST = 6
+#: How many tensors are remembered that a function may be one of, and how many functions of Python's numbers.
+_MOST, _MOST_CURVES = 6, 4096
+
+
+class _Curve:
+    """What a function makes of `_POINTS`; it is found out once of those that are made of Python's numbers alone.
+
+    Parameters
+    ----------
+    values : Tensor
+    is_settled : bool
+        Whether it is such a function, and not one of numbers in tensors, which may be others in a replay.
+    """
+
+    def __init__(self, values: Tensor, is_settled: bool = True) -> None:
+        self.values, self.is_settled = values, is_settled
+        self._gives: int | None = None
+
+    def gives(self) -> int:
+        """What is known of its results (`Born`), if it is one activation; 0 if not."""
+        if self._gives is not None:
+            return self._gives
+        found = _given(self.values) if holds(partial(_is_symmetric, self.values)) else 0
+        if self.is_settled and not is_recording():  # (where a GPU records, nothing holds)
+            self._gives = found
+        return found
+
+
+_IDENTITY = _Curve(_POINTS)
+#: Functions of Python's numbers, by calls; a model calls the same ones again and again.
+_curves: dict[Any, _Curve] = {}
 
 
 class _Source(NamedTuple):
-    """A tensor, or what gives it, that a function may be one of, and what the function makes of `_POINTS`.
+    """A tensor, or what gives it, that a function may be one of, and that function.
 
     ``is_copied`` says whether a layer's output is in between, through which relevance shall flow.
     """
 
     tensor: Callable[[], Tensor | None]
     version: int
-    values: Tensor
+    curve: _Curve
     is_copied: bool = False
 
     @property
@@ -81,8 +110,8 @@ class _Entrywise:
     def find_activation(self) -> None:
         """Find out whether it is one activation."""
         for key, source in reversed(self.sources.items()):
-            if holds(partial(_is_symmetric, source.values)):
-                self.gives = _given(source.values)
+            if gives := source.curve.gives():
+                self.gives = gives
                 if self.is_shifted and key not in self.passing and source.is_there:
                     self.activation, self.passing = source, frozenset((key,))
                 return
@@ -107,7 +136,7 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
             found = partial(_itself, tensor) if name in BEGINNING - _HELD else weakref.ref(tensor)
             below = made[id(tensor)].sources if id(tensor) in made else {}
             read[id(tensor)] = {key: source for key, source in below.items() if source.is_there}
-            read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _POINTS)
+            read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _IDENTITY)
         elif not op.depends(tensor) and _broadcasts(tensor, x, name in _CHOOSING) and _is_one_number(tensor):
             numbers[id(tensor)] = tensor.detach().flatten()[0].cpu()
         else:
@@ -115,9 +144,9 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
     sources = dict[int, _Source]()
     for key in [key for key in read[id(x)] if all(key in others for others in read.values())][-_MOST:]:
         of_source = {number: others[key] for number, others in read.items()}
-        values = _values(op, numbers | {number: source.values for number, source in of_source.items()})
+        curve = _curve(op, {number: source.curve for number, source in of_source.items()}, numbers)
         is_copied = any(source.is_copied for source in of_source.values())
-        sources[key] = of_source[id(x)]._replace(values=values, is_copied=is_copied)
+        sources[key] = of_source[id(x)]._replace(curve=curve, is_copied=is_copied)
     passing = frozenset(read).union(*(one.passing for one in made.values()))
     # (what a number is added to may be 0, and then hand nothing on)
     passing = passing if len(read) == 1 and name not in _SUMS else frozenset()
@@ -142,6 +171,24 @@ def _may_begin(op: Operation) -> bool:
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _curve(op: Operation, curves: Mapping[int, _Curve], numbers: Mapping[int, Tensor]) -> _Curve:
+    """What a call makes of functions, by `id` of the tensors that it reads, and of numbers in others."""
+    known = {**numbers, **{number: curve.values for number, curve in curves.items()}}
+    if numbers or not all(curve.is_settled for curve in curves.values()):
+        return _Curve(_values(op, known), is_settled=False)
+    args, kwargs = changed((tuple(op.args), op.kwargs), lambda tensor: curves[id(tensor)])
+    key = op.function, args, tuple(kwargs.items())
+    try:
+        found = _curves.get(key)
+    except TypeError:  # (a list is among its arguments)
+        return _Curve(_values(op, known))
+    if found is None:
+        if len(_curves) >= _MOST_CURVES:
+            _curves.clear()
+        found = _curves[key] = _Curve(_values(op, known))
+    return found
 
 
 def _values(op: Operation, known: Mapping[int, Tensor]) -> Tensor:
