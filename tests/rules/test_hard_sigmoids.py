@@ -166,6 +166,22 @@ def test_other_numbers_keep_their_share(name):
     torch.testing.assert_close(found, torch.where(cut(a) == 0, 0, r * a / (a + number)), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("number", [3.0, 3 * ONE], ids=["python", "tensor"])
+def test_numbers_are_read_at_each_call(number):
+    a, r, shift = 2 * numbers(4, 6), numbers(4, 6, seed=1), [number]
+
+    def function(a):
+        return F.relu6(a + shift[0]) / 6
+
+    for _ in range(2):
+        (found,), _ = explain(function, [a], r, lrp("split"))
+        (wanted,), _ = explain(F.hardsigmoid, [a], r, lrp("split"))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    shift[0] = 2.0 if isinstance(number, float) else number.clone().fill_(2)
+    (found,), _ = explain(function, [a], r, lrp("split"))
+    torch.testing.assert_close(found, torch.where(function(a) == 0, 0, r * a / (a + 2)), rtol=1e-9, atol=1e-12)
+
+
 def test_what_is_overwritten_takes_no_relevance():
     """Then the number is a bias: what it was added to is not there any more."""
 
