@@ -145,7 +145,7 @@ CONSTANTS = {
     "buffer": lambda s, h: torch.ones_like(h).add_(h),
     "into_buffer": lambda s, h: (b := torch.ones_like(h).detach(), b.__setitem__((slice(None), 0), h[:, 0]), b)[2],
     "conv": lambda s, h: F.conv2d(h, torch.ones(4, 4, 1, 1).to(h), torch.ones(4).to(h)),
-    "maximum": lambda s, h: torch.maximum(h, torch.ones_like(h)),
+    "maximum": lambda s, h: torch.maximum(h, torch.linspace(1, 2, h.shape[-1]).to(h)),
     "none": lambda s, h: h * 2,
 }
 
