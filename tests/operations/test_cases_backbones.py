@@ -61,7 +61,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", ALL)
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_part_is_refused_by_name(name, preset, tmp_path, untouched):
@@ -156,7 +156,7 @@ class Energy(nn.Module):
         return self.down(h - 0.1 * force)
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("how", ["grad", "grad_of_input", "backward", "func", "jacobian", "vjp"])
 @pytest.mark.filterwarnings("ignore:Using backward")
@@ -230,7 +230,7 @@ def saved(net, x):
         return net(x)
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # (predictions, which torch warns of)
 @pytest.mark.parametrize("preset", {**ALL, "gradient": Gradient, "gradient_x_input": GradientTimesInput})
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -64,7 +64,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("name", ORDERS)
 def test_the_order_of_registration_does_not_matter(name, preset):

@@ -99,7 +99,7 @@ FRONTS = {
 }
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("name", FRONTS)
 def test_the_account_closes_behind_what_stands_before_the_first_convolution(name, preset):
@@ -153,7 +153,7 @@ COPIES = {
 }
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_of_the_input_are_the_input(name, preset):

@@ -85,7 +85,7 @@ NORMS = {
 }
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", [*LRP_PRESETS, "attn_lrp", "relp"])
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_that_is_written_out_is_one(name, preset):

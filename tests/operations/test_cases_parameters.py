@@ -139,7 +139,7 @@ OUTPUT_SIZES = {
 }
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("sizes", OUTPUT_SIZES)
 def test_transposed_convolution_keeps_its_output_size(sizes, preset):

@@ -213,7 +213,7 @@ def test_lrp_0_without_biases_is_gradient_times_input(name):
     assert off(maps(model, IMAGES, UniformLRP0()), gradient * IMAGES) <= 1e-9
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", [*LRP_PRESETS, *ACTIVATION_PRESETS])
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.filterwarnings("ignore:.*no rule for:UserWarning", "ignore:outside DeepLIFT")
@@ -284,7 +284,7 @@ RECURRENT = {
 }
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", [*FEW, *ACTIVATION_PRESETS])
 @pytest.mark.parametrize("name", RECURRENT)
 @pytest.mark.filterwarnings("ignore:.*no rule for:UserWarning", "ignore:outside DeepLIFT")

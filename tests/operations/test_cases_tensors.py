@@ -117,7 +117,7 @@ IN_PLACE = {
 }
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_equals_out_of_place(name, preset):

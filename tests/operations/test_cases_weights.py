@@ -126,7 +126,7 @@ def spelled_and_plain(conv):
     return net, plain
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("spelling", STANDARDISED)
 def test_weight_standardised_convolution_is_one_with_the_weight_that_it_uses(spelling, preset):
@@ -238,7 +238,7 @@ BINARY = {
 }
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", LRP_PRESETS)
 @pytest.mark.parametrize("made", BINARY)
 def test_binarised_convolution(made, preset):

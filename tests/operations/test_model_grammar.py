@@ -28,7 +28,7 @@ from crp.composites import Composite
 from crp.composites.registry import classes
 from crp.types import AbsorbedRelevance
 
-EXAMPLES = int(os.environ.get("CRP_GRAMMAR_EXAMPLES", "500"))
+EXAMPLES = int(os.environ.get("CRP_GRAMMAR_EXAMPLES", "300"))
 PACKAGE = Path(crp.__file__).parent
 
 EPSILON, ZPLUS, GAMMA, FLAT = Rule("epsilon"), Rule("zplus"), Rule("gamma"), Rule("flat")
