@@ -57,13 +57,13 @@ def _baselines(given: Baseline, inputs: Inputs, model: nn.Module) -> Tensors:
         each = list(given)
     return tuple(
         _of_ids(one, data, model, inputs.embedded[name].layer, name)
-        if name in inputs.embedded and _is_whole(one)
+        if name in inputs.embedded and _are_ids(one)
         else _baseline(one, data)
         for one, data, name in zip(each, inputs.explained, names, strict=True)
     )
 
 
-def _is_whole(given: Any) -> TypeGuard[Tensor | np.ndarray | int]:
+def _are_ids(given: Any) -> TypeGuard[Tensor | np.ndarray | int]:
     if isinstance(given, Tensor):
         return not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
     return isinstance(given, np.ndarray | int | np.integer) and np.asarray(given).dtype.kind in "iu"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.attributors.backgrounds import Background, make_background
-from crp.attributors.baselines import _baselines, _is_whole
+from crp.attributors.baselines import _are_ids, _baselines
 from crp.attributors.scores import ScoreName
 from crp.checks import check_choice, check_number
 from crp.engine.door import check_seed
@@ -167,7 +167,7 @@ def pixel_flipping(
             given = _relevance_by(explain, model, original, scorer.classes)
         else:
             given = _relevance_of(explain_func, model, data, scorer.target, output, original)
-    if inputs.embedded and _is_whole(replacement):
+    if inputs.embedded and _are_ids(replacement):
         (filled,) = _baselines(replacement, inputs, model)
     else:
         filled = make_background(replacement, original, sigma, torch.Generator().manual_seed(seed))

@@ -26,7 +26,7 @@ from crp.trace.recorder import tensors_in
 
 _CONDITIONS = frozenset(("ge", "gt", "le", "lt"))
 #: Functions that choose; what they choose may be a tensor of one number in every entry.
-_CHOOSING = frozenset("clamp clamp_max clamp_min fmax fmin masked_fill maximum minimum where".split())  # noqa: SIM905
+_SELECTING = frozenset("clamp clamp_max clamp_min fmax fmin masked_fill maximum minimum where".split())  # noqa: SIM905
 #: Functions that such a function may begin with: in these, a variable of the model still holds what they read.
 _HELD = _CONDITIONS | {"abs", "neg", "sign"}
 BEGINNING = _SUMS | _HELD | {"clamp", "hardsigmoid", "hardtanh"}
@@ -137,7 +137,7 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
             below = made[id(tensor)].sources if id(tensor) in made else {}
             read[id(tensor)] = {key: source for key, source in below.items() if source.is_there}
             read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _IDENTITY)
-        elif not op.depends(tensor) and _broadcasts(tensor, x, name in _CHOOSING) and _is_one_number(tensor):
+        elif not op.depends(tensor) and _broadcasts(tensor, x, name in _SELECTING) and _is_one_number(tensor):
             numbers[id(tensor)] = tensor.detach().flatten()[0].cpu()
         else:
             return None

@@ -125,9 +125,6 @@ class SeeingMode(TorchFunctionMode):
         if apart is not None and not (args[1:] and isinstance(args[1], int | float)) and not self.is_named(known):
             with self:
                 return apart(Tensor.add_ if in_place(func, kwargs) else torch.add, *args, **kwargs)
-        if known.canonical in RECURRENT and not self.is_named(known):
-            with self:
-                return RECURRENT[known.canonical](*args, **kwargs)
         if known.canonical == "einsum" and len(inputs) == 2 and (steps := _steps(*args)) is not None:
             with self:
                 return steps()
@@ -318,11 +315,12 @@ class SeeingMode(TorchFunctionMode):
 _SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 _DERIVATIVES = frozenset({"grad", "backward"})
 #: Functions that are several others; these are given how they add up.
-_WRITTEN_OUT: dict[str, Callable[..., Tensor]] = {
+_WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "addcmul": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 * tensor2, alpha=value, **out),
     "addcdiv": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 / tensor2, alpha=value, **out),
     "lerp": lambda add, input, end, weight, **out: add(input, weight * (end - input), **out),
     "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
+    **{name: lambda add, *args, steps=steps, **keywords: steps(*args, **keywords) for name, steps in RECURRENT.items()},
 }
 
 

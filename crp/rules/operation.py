@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -196,6 +196,7 @@ def _is_one_number(tensor: Tensor) -> bool:
     return is_plain and holds(lambda: tensor.amin() == tensor.amax())
 
 
+@lru_cache(maxsize=256)  # (so that the same function is known again)
 def _on_a_copy(function: Callable[..., Any]) -> Callable[..., Any]:
     """Like a function that works in place, but on a copy."""
 
