@@ -194,9 +194,12 @@ class SeeingMode(TorchFunctionMode):
     def _parts(self, op: Operation) -> Any:
         """What is remembered of a call, by what is of its operands."""
         notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
+        begins = op.known.canonical in BEGINNING and len(op.inputs) == 1
+        if not (notes or begins):
+            return None
         kinds = {type(note.parts) for note in notes}
         parts: Any = _combined(op, self.notes) if _OfExponentials in kinds else None
-        begins = op.known.canonical in BEGINNING and len(op.inputs) == 1 and _Entrywise not in kinds
+        begins = begins and _Entrywise not in kinds
         if parts is None and (begins or _Entrywise in kinds):
             return _entrywise(op, self.notes, begins)
         return notes[0].parts if notes and op.known.canonical == "clone" and parts is None else parts
