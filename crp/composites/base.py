@@ -42,6 +42,7 @@ from crp.rules.base import Attachment
 from crp.rules.functions import Function
 from crp.rules.kernels import _in_registries
 from crp.rules.layer import changed
+from crp.rules.packed import _packed_seen
 from crp.trace import Structure, structure, tracing
 from crp.trace.recorder import tensors_in
 
@@ -168,7 +169,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)
             parts = modules.values()
-            of_model = uncompiled(module, parts), without_parameter_gradients(module, parts)
+            of_model = uncompiled(module, parts), without_parameter_gradients(module, parts), *_packed_seen(parts)
             for state in (*of_model, _in_registries, checkpoints_under_rules):
                 self.handles.append(_Lasting(state))
             self._thread = get_ident()

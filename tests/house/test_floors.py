@@ -54,20 +54,20 @@ BUDGETS = {
     "compat": 940,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3969,
+    "composites": 3970,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2051,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6268,
+    "engine": 6271,
     "image": 1490,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
-    "layers": 1482,
+    "layers": 1502,
     "outputs": 391,
     "metrics": 962,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 7171,
+    "rules": 7400,
     # (along which axis the channels of a layer are)
     "trace": 1349,
     "types": 158,
