@@ -91,7 +91,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "edges of a graph": (
         lambda: CondAttribution(NET)((PICTURES, torch.ones(3, 9)), [{"y": 0}]),
-        "are for .2, 3. samples; .* edges of a graph, belongs in a module around the model, whose forward passes it$",
+        "are for .2, 3. samples; .* edges of a graph, belongs to a module around the model, whose forward adds it$",
     ),
     "data before the model": (lambda: EpsilonPlus().report(PICTURES, NET), "not Tensor; a sample comes after it"),
 }
