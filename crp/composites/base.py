@@ -35,7 +35,7 @@ from crp.composites.selection import (
 from crp.engine.attached import check_free, note_placed, note_removed
 from crp.engine.encoding import Propagation
 from crp.errors import InputError, StateError
-from crp.layers import ByChainRule, modules_of, referencing, uncompiled, without_parameter_gradients
+from crp.layers import ByChainRule, modules_of, referencing, uncompiled, unwrap, without_parameter_gradients
 from crp.layers.interrupts import atomic, undivided
 from crp.rules.account import Account
 from crp.rules.base import Attachment
@@ -143,14 +143,15 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
 
         Raises
         ------
-        RuntimeError
-            If the composite is on a model already.
+        RuntimeError, TypeError
+            If the composite is on a model already, or this is no model.
         """
         if self.handles:
             raise StateError(
                 f"this {type(self).__name__} is on a model already, and can be on one at a time; leave its context "
                 "(or call remove()) first, or use another composite"
             )
+        unwrap(module)  # (refuses what is no model)
         check_free(self, module)
         entries, modules = self.entries, modules_of(module)
         assert self._ready is not None

@@ -57,11 +57,12 @@ class _Lifted(Rule):
     hook : zennit.core.BasicHook
     """
 
-    settings = ("hook",)
-
     def __init__(self, hook: BasicHook) -> None:
         super().__init__()
         self.hook = hook
+
+    def __repr__(self) -> str:
+        return f"zennit's {type(self.hook).__name__}"
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, with the hook's rule as its gradient."""
