@@ -130,7 +130,7 @@ def attribute(
     page, rescaled = page or out.suffix.lower() == _PAGE, loading.pop("scale_without_first")
     _check_options(images, texts, page, out)
     if texts:
-        names = tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept
+        names = tokenizer or model.partition("hf:")[2], position, target, against, layer, concept
         asking = Asking(*names, rescaled)
         _check_writable(out.parent, out)
         loaded = _load(model, output, **loading)
@@ -231,10 +231,9 @@ def _named_places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
     if out.suffix.lower() in suffixes:
         raise CommandError(f"--out {out} is one file, and {len(images)} pictures are explained; name a folder")
     names = [image.stem for image in images]
-    return [
-        out / (f"{name}{suffix}" if names.count(name) == 1 else f"{name}-{number}{suffix}")
-        for number, name in enumerate(names)
-    ]
+    if len({name.casefold() for name in names}) < len(names):  # (a and A are one file on some disks)
+        names = [f"{name}-{number}" for number, name in enumerate(names)]
+    return [out / f"{name}{suffix}" for name in names]
 
 
 def _explain(

@@ -25,7 +25,7 @@ class Asking(NamedTuple):
     """What is asked about texts, as it is typed."""
 
     tokenizer: str
-    position: str
+    position: str | None
     target: str | None
     against: str | None
     layer: str | None
@@ -138,9 +138,9 @@ def _explain(
         output = select_scores(asked.run(loaded.model), loaded.output)
     words = texts.words(number)
     n = len(words.words)
-    place = None if output.dim() == 2 else _place(asking.position, n)
-    if place is None and asking.against is not None:
-        raise CommandError("--against is for language models; this one gives a score for each class")
+    place = None if output.dim() == 2 else _place(asking.position or "-1", n)
+    if place is None and (asking.against is not None or asking.position is not None):
+        raise CommandError("--position and --against are for language models; this one gives a score for each class")
     scores = output[0] if place is None else output[0, place]
     target, named, facts = _aim(scores, place, texts, loaded, asking)
     heatmap: Tensor = explain(method, loaded.model, asked.data, target, output=loaded.output, **given)
@@ -167,8 +167,8 @@ def _aim(
     def name(index: int) -> str:
         return loaded.class_name(index) if place is None else repr(texts.word(index))
 
+    loaded.check_names(len(scores))
     if place is None:
-        loaded.check_names(len(scores))
         chosen = first if asking.target is None else find_class(asking.target, loaded.classes, "--target")
         if not -len(scores) <= chosen < len(scores):
             raise CommandError(f"--target {asking.target}: the model has the classes 0 to {len(scores) - 1}")

@@ -118,6 +118,8 @@ def test_machines_draw_parts_of_a_report(mined: Path) -> None:
     for options, message in (
         (["--part", "3/3"], "--part 3/3 must be I/N with I from 0 to N - 1"),
         (["--workers", "2", "--single-file"], "--workers and --part draw into a folder"),
+        (["--workers", "2", "--out", "a.html"], "and a.html is one file, for small tables"),
+        (["--workers", "2", "--part", "0/3"], "is drawn by one process, not --workers"),
     ):
         result = crp("report", mined, *options)
         assert result.exit_code == 1 and message in result.output
