@@ -87,14 +87,11 @@ def explain_texts(
     through += ", in colours of the tokens behind the first" if asking.scale_without_first else ""
     captions = [f"{facts['said']} ({chosen.name}{through})" for _, facts in found]
     shown = [text.scaled_without() if asking.scale_without_first else text for text, _ in found]
-    try:
-        if suffix == ".html":
-            page = text_page(list(zip(captions, shown, strict=True)), "Texts explained")
-            write_atomic(out, page.encode())
-        else:
-            _write_figure(plot_texts(shown, captions), out, dpi=150)
-    except OSError as error:
-        raise CommandError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    if suffix == ".html":
+        page = text_page(list(zip(captions, shown, strict=True)), "Texts explained")
+        write_atomic(out, page.encode())
+    else:
+        _write_figure(plot_texts(shown, captions), out, dpi=150)
     for text, (_, facts) in zip(texts, found, strict=True):
         if as_json:
             facts["said"] = _plain(facts["said"])
