@@ -57,6 +57,14 @@ def project(
         a reactive correction. By default all are.
     axis : int
         Axis of the channels: 1, or -1 for tokens.
+
+    Examples
+    --------
+    A channel is such a part, too, and is switched off, or set to its mean, inside of the context:
+
+    >>> net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.rand(5, 3)
+    >>> with project(net, "1", torch.eye(4)[2], at=net[:2](x)[:, 2].mean()):
+    ...     changed = net(x)
     """
     vector = _direction(direction, axis)
     constant = at.item() if isinstance(at, Tensor) and at.numel() == 1 else at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import zennit.composites
 from torch import Tensor, nn
 
 import crp
@@ -133,6 +134,7 @@ MAKE = {
     "gradient": lambda: None,
     "plus": lambda: composites.EpsilonPlus(None),
     "gamma": lambda: composites.UniformGamma(),
+    "zennit": lambda: zennit.composites.EpsilonPlus(),
 }
 
 
@@ -230,6 +232,9 @@ def test_calls_of_a_layer_are_told_apart(data):
         crp.explain("intgrad", net, data, 1, layer="unused")
     with pytest.raises(KeyError, match="'nope' not found"):
         crp.explain("intgrad", net, data, 1, layer="nope")
+    windows = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Flatten(0, 1), nn.Unflatten(0, (-1, 2)), nn.Flatten()).eval()
+    with pytest.raises(ValueError, match=r"layer '1' has shape \(6, 2\); its first axis must be that of 3 samples"):
+        crp.explain("intgrad", windows, data, 1, layer="1")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
