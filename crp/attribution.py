@@ -36,6 +36,7 @@ from crp.engine.targets import initial_relevance
 from crp.errors import InputTypeError
 from crp.flags import check_flags
 from crp.layers import differentiable
+from crp.layers.devices import _device_of
 from crp.notices import warn
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
@@ -114,7 +115,7 @@ class CondAttribution:
             raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
         self.MODEL_OUTPUT_NAME = "y"
         self.model = differentiable(model)
-        self.device = check_device(device, "device") or next(self.model.parameters(), torch.empty(0)).device
+        self.device = check_device(device, "device") or _device_of(self.model)
         self.overwrite_data_grad, self.no_param_grad, self.output = overwrite_data_grad, no_param_grad, output
         self.replay = self.channels_last = True
         self._replayed = Replayed()

@@ -30,6 +30,7 @@ from crp.engine.targets import _warn_of_positions
 from crp.errors import InputError, InputTypeError
 from crp.layers import differentiable, modules_of, unwrap
 from crp.layers.addresses import Address, hooked_at
+from crp.layers.devices import _device_of
 from crp.layers.interrupts import atomic
 from crp.layers.repeated import watch
 from crp.types import AttributionResults
@@ -365,10 +366,6 @@ def _outputs(
 
     with hooked_at(modules, {(name, is_input): keep}):
         yield outputs
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters(), torch.empty(0)).device
 
 
 def _target(target: Any) -> Target:

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from crp.canonizers.folding import FUNCTIONS, LINEAR, Form, _form_of_call, _form_of_layer, _has_shift
 from crp.canonizers.norms import _is_affine_only, is_batch_norm
+from crp.errors import InputError
 from crp.layers import modules_of, unwrap
 from crp.trace import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace, undisturbed
 from crp.trace.graph import Unit, adjacent, layers_as_units
@@ -293,6 +294,11 @@ def _layer_obstacle(linear: _Linear, layer: Any, calls: list[ModuleCall], side: 
     kind = type(layer).__name__
     if side == "before":
         return f"the forward of {kind} {linear.name!r} is not that of torch"
+    if layer.weight.is_meta:
+        raise InputError(
+            f"a norm is to be merged into {kind} {linear.name!r}, whose weights are loaded when it is called; load the "
+            "whole model, or give the composite canonizers=None"
+        )
     with undisturbed(layer):
         if not all(_follows_its_parameters(layer, given) for given in {call.given for call in calls}):
             return f"the output of {kind} {linear.name!r} does not follow its weight and bias"

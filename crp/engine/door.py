@@ -80,7 +80,9 @@ def check_weights(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
     They are looked at again only if they have changed.
     """
-    tensors = [p for module in modules for p in module._parameters.values() if p is not None]
+    # (layers that are offloaded get theirs when they are called)
+    here = [module for module in modules if not hasattr(module, "_hf_hook")]
+    tensors = [p for module in here for p in module._parameters.values() if p is not None]
     if any(map(is_lazy, tensors)):
         named = [*model.named_parameters(), *model.named_buffers()]
         lazy = _listed([name for name, tensor in named if is_lazy(tensor)])

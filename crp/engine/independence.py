@@ -22,6 +22,7 @@ from crp.engine.model_state import State, is_traced
 from crp.engine.module_hooks import _changed_hooks, _OfOtherThreads
 from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
+from crp.layers.devices import _device_of
 from crp.layers.interrupts import atomic
 from crp.layers.state import GENERATORS, Snapshot, random_states, undisturbed
 from crp.notices import warn
@@ -151,8 +152,7 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
 
 def _states_of(model: nn.Module) -> list[Any]:
     """States of the global random generators that a model may draw from, in parts that can be compared."""
-    device = next(model.parameters(), torch.empty(0)).device
-    states = [state for state, _ in random_states([device])]
+    states = [state for state, _ in random_states([_device_of(model)])]
     return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
 
 

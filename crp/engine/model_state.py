@@ -64,7 +64,9 @@ def is_traced() -> bool:
 
 def is_watched(model: nn.Module) -> bool:
     """Whether hooks on a model, or modes of torch, see each of its calls, so that none of them may be left out."""
-    return is_traced() or any(_ON_ALL_MODULES) or any(map(any, map(_hooks_of, modules_of(model).values())))
+    modules = modules_of(model).values()
+    moves = any("_hf_hook" in vars(module) for module in modules)  # (accelerate moves weights, or data, at each call)
+    return is_traced() or moves or any(_ON_ALL_MODULES) or any(map(any, map(_hooks_of, modules)))
 
 
 class State:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from crp.engine.attached import put_on
 from crp.errors import InputError, OutOfRangeError
 from crp.layers import hooked, looking, modules_of
+from crp.layers.devices import _device_of
 from crp.layers.interrupts import atomic
 from crp.layers.misfits import telling_misfits, unknown_ids
 
@@ -45,8 +46,10 @@ class Embedded(NamedTuple):
         module = modules_of(model)[layer]
         assert isinstance(module, nn.Embedding)
         _check_range(ids, name, layer, module)
+        weight = module.weight
         with torch.no_grad(), looking():
-            return cls(layer, module(ids.to(module.weight.device)).movedim(-1, 1).contiguous())
+            values = module(ids if weight.is_meta else ids.to(weight.device))  # (a layer that is offloaded moves them)
+        return cls(layer, values.movedim(-1, 1).contiguous())
 
 
 def can_embed(model: nn.Module, ids: object) -> bool:
@@ -112,7 +115,7 @@ def _layer_of_ids(
         if module is own:
             return layer
     readers: dict[str, None] = {}
-    device = next(model.parameters()).device
+    device = _device_of(model)
     one = {key: value[:1].to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
 
     def note(layer: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
