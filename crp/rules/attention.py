@@ -68,7 +68,10 @@ def _by_chain_rule(rule: Rule, layer: Layer) -> Tensor | None:
     for one in made.calls():
         leaves += one.leaves
         of_values = 1.0 if made.share is None else 1 - made.share
-        parts += [1 - of_values if one.below == {} and made.is_weighting else of_values] * len(one.leaves)
+        is_exponent = made.is_weighting and not one.below
+        part = 1.0 if one.original is not None and one.is_weighting else 1 - of_values if is_exponent else of_values
+        parts += [part] * len(one.leaves)
+    made.chain()
     again = Layer(made.again, leaves, {}, tuple(leaves), look_up(torch.softmax), place=layer.place)
     chain = _Chain(parts).attach(rule.attachment).operate(again)
     is_logarithm = layer.known.canonical in _LOGARITHMS

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from crp.errors import InputError
+from crp.rules.functions import look_up
 from crp.rules.layer import Layer, changed
 from crp.rules.notes import Notes
 from crp.rules.operands import _is_parameter
@@ -59,6 +61,10 @@ class _OfExponentials:
         The exponent, where numbers were added at most.
     is_copied : bool
         Whether it was copied since, as a layer's output is through which relevance shall flow.
+    original : _OfExponentials or None
+        What it is a copy of.
+    is_chained : bool
+        Whether rules give way to the ordinary chain rule, as a softmax is made of a copy of it.
     """
 
     function: Callable[..., Tensor]
@@ -73,6 +79,8 @@ class _OfExponentials:
     share: float | None = None
     source: Tensor | None = None
     is_copied: bool = False
+    original: _OfExponentials | None = None
+    is_chained: bool = False
     versions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -104,6 +112,26 @@ class _OfExponentials:
             results[made] = made.function(*args, **kwargs)
         return results[self]
 
+    def chain(self) -> None:
+        """Let rules give way to the chain rule in what copies are of, but for products of matrices, which share alike.
+
+        Raises
+        ------
+        ValueError
+            If a product of entries is among them, which may share otherwise than attention does.
+        """
+        todo = [made.original for made in self.calls() if made.original is not None]
+        for made in todo:
+            is_product = made.is_weighting and len(made.leaves) + len(made.below) > 1
+            if is_product and look_up(made.function).canonical == "mul":
+                raise InputError(
+                    "exponentials weight values entry by entry, and are divided by their sum: all of it is one "
+                    "function, and no relevance flows through what is named as a layer, or copied, in between. Name "
+                    "a layer before, or behind"
+                )
+            made.is_chained = not is_product
+            todo += [*made.below.values(), *([made.original] if made.original is not None else [])]
+
     def is_unchanged(self) -> bool:
         """Whether nothing that it reads was changed in place since."""
         return all(made.versions == made._versions() for made in self.calls())
@@ -127,7 +155,17 @@ def _exponential(layer: Layer) -> _OfExponentials | None:
 
 def _softmax(output: Tensor) -> _OfExponentials:
     """What is remembered of a softmax, or its copy."""
-    return _OfExponentials(lambda output: output, [output], {}, {}, [output], is_quotient=True)
+    return _OfExponentials(_itself, [output], {}, {}, [output], is_quotient=True)
+
+
+def _copy(made: _OfExponentials, output: Tensor) -> _OfExponentials:
+    """What is remembered of a copy, through which relevance flows."""
+    alone: dict[str, Any] = {"args": [output], "kwargs": {}, "below": {}, "leaves": [output]}
+    return replace(made, function=_itself, **alone, original=made, is_copied=True)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
@@ -201,4 +239,4 @@ def _only_weighs(op: Operation, read: Sequence[_OfExponentials]) -> bool:
 
 
 def _exponents(read: Sequence[_OfExponentials]) -> list[Tensor]:
-    return [leaf for made in read for one in made.calls() for leaf in one.leaves if one.source is leaf]
+    return [one.source for made in read for one in made.calls() if one.source is not None and not one.below]

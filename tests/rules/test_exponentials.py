@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from crp.attribution import CondAttribution
 from crp.composites import CPLRP, AttnLRP, EpsilonPlusFlat, RelP
+from crp.errors import InputError
 
 KINDS = [AttnLRP, RelP, CPLRP, EpsilonPlusFlat]
 DATA = numbers(2, 5, 6, seed=3)
@@ -249,21 +250,64 @@ def test_logarithms_of_a_sum_of_exponentials(written):
     assert off(kept.flatten(), (r - found.sum(-1, keepdim=True)).flatten()) <= 1e-9
 
 
-def test_what_is_recorded_changes_nothing():
-    class Exponential(nn.Module):
-        def forward(self, x):
-            return x.exp()
+def tapped(wiring, **layers):
+    """Net whose layers a, b and c hand on what they are given, to be named."""
+    return seeded(core_cases.Net(wiring, **layers, **{name: nn.Identity() for name in "abc"}, head=nn.Linear(6, 3)))
+
+
+@pytest.mark.parametrize("layer", "abc")
+def test_layers_inside_a_softmax_have_what_flows_through_them(layer):
+    """They had zeros, and conditions on them were refused."""
 
     def wiring(s, x):
-        e = s.exp(s.scores(x))
-        return s.head(e / e.sum(-1, keepdim=True) * x)
+        e = s.a(s.scores(x).exp())
+        return s.head(s.c(e / s.b(e.sum(-1, keepdim=True))) * x)
 
-    layers = {"scores": nn.Linear(6, 6), "exp": Exponential(), "head": nn.Linear(6, 3)}
-    model, data = seeded(core_cases.Net(wiring, **layers)), numbers(3, 6)
-    plain, recording = (
-        CondAttribution(model)(data, [{"y": 1}], AttnLRP(), record_layer=names).heatmap for names in ([], ["exp"])
+    model, data = tapped(wiring, scores=nn.Linear(6, 6)), numbers(3, 6)
+    p = model.scores(data).detach().softmax(-1)
+    m = model.head.weight[1].detach() * data / 2
+    of_mean = (p * m).sum(-1, keepdim=True)
+    attribution = CondAttribution(model)
+    plain, recorded = (attribution(data, [{"y": 1}], AttnLRP(), record_layer=names) for names in ([], [layer]))
+    assert off(recorded.heatmap, plain.heatmap) <= 1e-12
+    wanted = {"a": p * (m - of_mean), "b": -of_mean, "c": p * m}[layer]
+    assert off(recorded.relevances[layer], wanted) <= 1e-12
+    concepts = range(wanted.shape[1])
+    parts = [attribution(data, [{"y": 1, layer: [i]}], AttnLRP()).heatmap for i in concepts]
+    assert off(sum(parts), attribution(data, [{"y": 1, layer: [*concepts]}], AttnLRP()).heatmap) <= 1e-12
+
+
+def of_sums(s, q, k, v):
+    e = s.a(logits(q, k).exp())
+    return s.c(e @ v) / s.b(e.sum(-1, keepdim=True))
+
+
+def of_powers(s, q, k, v):
+    e = s.a((logits(q, k) / 2).exp()) ** 2
+    return s.c(e) * s.b(1 / e.sum(-1, keepdim=True)) @ v
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attend", [of_sums, of_powers])
+def test_layers_inside_attention_change_nothing(attend, kind):
+    model = tapped(
+        lambda s, x: s.head(attend(s, s.q(x), s.k(x), s.v(x))).mean(1), **{n: nn.Linear(6, 6) for n in "qkv"}
     )
-    assert off(recording, plain) <= 1e-12
+    plain = CondAttribution(model)(DATA, [{"y": 1}], kind())
+    for layer in "abc":
+        recorded = CondAttribution(model)(DATA, [{"y": 1}], kind(), record_layer=[layer])
+        assert off(recorded.heatmap, plain.heatmap) <= 1e-12
+        is_held = kind is not AttnLRP and (layer, attend) != ("c", of_sums)
+        assert (recorded.relevances[layer].abs().max() == 0) == is_held
+
+
+def test_a_layer_between_values_that_are_weighted_entry_by_entry_and_their_sum_is_refused():
+    def wiring(s, x):
+        e = s.scores(x).exp()
+        return s.head(s.a(e * x) / e.sum(-1, keepdim=True))
+
+    with pytest.raises(InputError, match="no relevance flows through what is named"):
+        CondAttribution(tapped(wiring, scores=nn.Linear(6, 6)))(numbers(3, 6), [{"y": 1}], RelP(), record_layer=["a"])
 
 
 class Masking(nn.Module):
