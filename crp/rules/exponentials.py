@@ -180,7 +180,7 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
         return None
     if (leaves and not is_product) or (is_weighed and not _only_weighs(op, read)):
         return None
-    if leaves and any(map(_is_of_softmax, read)):  # (what is attended to is divided by a norm at most)
+    if leaves and any(made.is_quotient and not made.below for made in read):  # (a softmax is not divided by its sum)
         return None
     is_inverse, divisor = {made.is_inverse for made in read}, _divisor(op, below)
     if divisor is None and (len(is_inverse) > 1 or (name == "div" and len(read) > 1)):
@@ -229,7 +229,8 @@ def _divisor(op: Operation, below: Mapping[int, _OfExponentials]) -> _OfExponent
     if len(read) != 2 or name not in ("div", "mul") or (name == "mul" and read[0].is_inverse == read[1].is_inverse):
         return None
     divisor = read[1] if name == "div" or read[1].is_inverse else read[0]
-    return divisor if divisor.is_summed else None
+    is_norm = divisor.is_weighting and any(made.is_quotient for made in divisor.calls())  # (of what was attended to)
+    return divisor if divisor.is_summed and not is_norm else None
 
 
 def _only_weighs(op: Operation, read: Sequence[_OfExponentials]) -> bool:

@@ -101,7 +101,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("activation", "balanced identity rescaled elementwise gating", "erf tanh"),
     ("activation", "balanced identity rescaled elementwise", "atan softsign"),
     ("activation", "identity rescaled elementwise gating", "rpow"),
-    ("activation", "rescaled elementwise", "frac logit sinc"),
+    ("activation", "rescaled elementwise", "frac logaddexp logaddexp2 logit sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),
     ("", "homogeneous rescaled elementwise nonnegative", "abs"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import core_cases
 import pytest
 import torch
@@ -139,6 +141,11 @@ def by_norm(q, k, v):
     return F.normalize(logits(q, k).softmax(-1).masked_fill(MASK == 0, 0.0), p=1, dim=-1) @ v
 
 
+def by_sum_later(q, k, v):
+    p = logits(q, k).softmax(-1) * MASK
+    return (p @ v) / (p.sum(-1, keepdim=True) + 1e-300)
+
+
 def written_out(q, k, v):
     e = logits(q, k).exp()
     p = e / e.sum(-1, keepdim=True) * MASK
@@ -146,20 +153,21 @@ def written_out(q, k, v):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("attend", [by_sum, by_norm, written_out])
+@pytest.mark.parametrize("attend", [by_sum, by_sum_later, by_norm, written_out])
 def test_softmax_that_is_masked_and_divided_by_its_sum_again(attend, kind):
     """Under AttnLRP, queries and keys had another share than behind a mask before the softmax."""
     assert_same_map(net(attend), net(behind_a_mask), DATA, kind())
     assert_closes(net(attend), DATA, kind())
 
 
+@pytest.mark.parametrize("attend", [behind_a_mask, lambda q, k, v: logits(q, k).softmax(-1) * MASK @ v])
 @pytest.mark.parametrize("kind", [AttnLRP, RelP, CPLRP])
-def test_the_norm_of_what_was_attended_to_is_held_constant(kind):
+def test_the_norm_of_what_was_attended_to_is_held_constant(kind, attend):
     def written(q, k, v):
-        attended = behind_a_mask(q, k, v)
+        attended = attend(q, k, v)
         return attended / (attended.pow(2).mean(-1, keepdim=True) + 1e-6).pow(0.5)
 
-    assert_same_map(net(written), net(lambda *qkv: F.rms_norm(behind_a_mask(*qkv), (6,), eps=1e-6)), DATA, kind())
+    assert_same_map(net(written), net(lambda *qkv: F.rms_norm(attend(*qkv), (6,), eps=1e-6)), DATA, kind())
 
 
 @pytest.mark.parametrize("kind", [AttnLRP, RelP])
@@ -240,7 +248,9 @@ def largest_and_rest(x):
 
 @pytest.mark.filterwarnings("ignore:LRP has no rule for logsumexp")
 @pytest.mark.parametrize(
-    "written", [lambda x: x.exp().sum(-1, True).log(), largest_and_rest], ids=["plain", "less_the_largest"]
+    "written",
+    [lambda x: x.exp().sum(-1, True).log(), largest_and_rest, lambda x: reduce(torch.logaddexp, x.split(1, -1))],
+    ids=["plain", "less_the_largest", "one_after_the_other"],
 )
 def test_logarithms_of_a_sum_of_exponentials(written):
     """Each gets its share of the gradient; what the logarithm adds to the mean is kept, as by `torch.logsumexp`."""
