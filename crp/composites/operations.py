@@ -19,6 +19,7 @@ from crp.layers import on_reference
 from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
+from crp.rules.deeplift import Differences
 from crp.rules.functions import AFFINE, Function, activation
 from crp.rules.layer import Layer, _in_words, changed
 from crp.rules.mode import Choice, SeeingMode, innermost_module
@@ -126,6 +127,8 @@ class Operations(SeeingMode):
         account = account if self.attachment.keeps_constants else None
         if self.matching.is_counting:
             return op.run()
+        if self.references.is_on and self.references.differ(op) and isinstance(self.attachment, Differences):
+            self.attachment.differing[_in_words(op.known.name, self.innermost())] = None
         if choice.is_method and account is None and self.seen is None:
             return self._read_by(op) if self.attachment.rectifiable else op.function(*op.args, **op.kwargs)
         self._note_reading(op.inputs)

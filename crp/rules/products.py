@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from crp.errors import StateError
 from crp.rules.base import Rule
-from crp.rules.deeplift import Difference, _same, _same_operands, slope
+from crp.rules.deeplift import Difference, Differences, _same, _same_operands, slope
 from crp.rules.layer import Layer, _no_rule
 from crp.trace.recorder import tensors_in
 
@@ -41,8 +41,10 @@ class _Decomposed(Difference):
         """Value of a call that is linear in what depends on the input, if all else is as for the reference."""
         pairs = zip(tensors_in((layer.args, layer.kwargs)), tensors_in((reference.args, reference.kwargs)), strict=True)
         mine = {id(value) for value in layer.inputs}
-        if not all(id(value) in mine or _same(value, value0) for value, value0 in pairs):
-            self.beyond(layer, exact=False)
+        numbers, numbers0 = ([value for value in one.args if isinstance(value, float)] for one in (layer, reference))
+        is_same = all(id(value) in mine or _same(value, value0) for value, value0 in pairs)
+        if not (is_same and numbers == numbers0) and isinstance(self.attachment, Differences):
+            self.attachment.differing[str(layer)] = None
         return cast(Tensor, layer.output)
 
 
