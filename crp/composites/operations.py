@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode
 from crp.composites.activations import _one_activation
 from crp.composites.matching import Matching, SeenOperation
 from crp.composites.places import Places
-from crp.composites.references import ReferenceCalls
+from crp.composites.references import _ReferenceCalls
 from crp.composites.selection import MapEntry
 from crp.errors import InputTypeError, StateError
 from crp.layers import on_reference
@@ -80,7 +80,7 @@ class Operations(SeeingMode):
         self._wholes: list[_Whole | None] = []
         self._is_running = False
         self.places = Places(model)
-        self.references = ReferenceCalls()
+        self.references = _ReferenceCalls()
         self._untreated: dict[str, None] = {}
 
     # --- rules ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from crp.rules.operation import Operation
 from crp.trace.recorder import tensors_in
 
 
-class ReferenceCalls:
+class _ReferenceCalls:
     """Calls that have a rule, in the order in which the model's pass on the data will meet them.
 
     Attributes
