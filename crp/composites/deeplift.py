@@ -33,6 +33,7 @@ from crp.rules.products import (
     SoftmaxDifference,
     TakenApart,
 )
+from crp.rules.written_out import WRITTEN_OUT
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
 
@@ -110,6 +111,7 @@ class DeepLift(Composite):
             (Having.of("rescaled"), elementwise),
             (Having.of("maximum"), MaxPool()),
             (Functions(("batch_norm",)), BatchNorm()),
+            (Kind("product"), ProductDifference()),
             (Having.of("bilinear"), ProductDifference()),
             (Having.of("quotient"), QuotientDifference()),
             (Having.of("statistics"), NormalizationDifference()),
@@ -117,6 +119,7 @@ class DeepLift(Composite):
             (Functions(("glu",)), GLUDifference()),
             (Having.of("selection"), SelectionDifference()),
             (Functions(("scaled_dot_product_attention",)), TakenApart()),
+            *((Functions((name,)), TakenApart(written)) for name, written in WRITTEN_OUT.items()),
         ]
         if variant == "reveal_cancel":
             rules = [(Kind("convolution"), Affine()), (Kind("dense"), Affine()), *rules]

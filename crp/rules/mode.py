@@ -170,7 +170,9 @@ class SeeingMode(TorchFunctionMode):
         apart = None if choice.rule is None else choice.rule.written_out
         if apart is not None and not op.known.operands:
             with self:
-                return apart(*op.args, **op.kwargs)
+                result = apart(*op.args, **op.kwargs)
+            if result is not NotImplemented:
+                return result
         # (operands may be overwritten, and then nothing is known)
         passed = _passed(op, self.notes)
         parts = self._parts(op) if self.notes.has_parts or op.known.canonical in BEGINNING else None
