@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -21,10 +22,10 @@ from crp.concepts import ChannelConcept
 from crp.engine.attached import check_alone, check_composite, put_on
 from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
-from crp.engine.forward import check_columns, check_one_entry, tensor_in
+from crp.engine.forward import check_columns, check_one_entry, record_outputs, tensor_in
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
-from crp.engine.taps import check_layers
+from crp.engine.taps import _check_changed_once, changed_at, check_layers
 from crp.engine.targets import _warn_of_positions
 from crp.errors import InputError, InputTypeError
 from crp.layers import differentiable, modules_of, unwrap
@@ -164,23 +165,59 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         output = explained.outputs[0] if len(explained.outputs) == 1 else self.output(inputs, target.select)
         return _Flow(output, inputs.parts(result.heatmap), result)
 
-    def multipliers(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
-        """Output, and what stands for the gradient: multipliers of a composite, or its relevance over the input."""
-        returned = self.flow(inputs, target)
+    def multipliers(self, inputs: Inputs, target: Target, layer: str | None = None) -> tuple[Tensor, Tensors]:
+        """Output, and what stands for the gradient: multipliers of a composite, or its relevance over the input.
+
+        With a layer, they are those of its output.
+        """
+        returned, values = self.flow(inputs, target, record=layer), inputs.explained
+        found, recorded = returned.inputs, returned.layers
+        if layer is not None:
+            if recorded.multipliers is not None:
+                return returned.output, (recorded.multipliers[layer],)
+            found, values = (recorded.relevances[layer],), (recorded.activations[layer],)
         encoding = Encoding.of(self._composite())
         if not encoding.multiplier or encoding.as_multiplier:
-            return returned.output, returned.inputs
-        pairs = zip(returned.inputs, inputs.explained, strict=True)
-        return returned.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in pairs)
+            return returned.output, found
+        return returned.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in zip(found, values, strict=True))
+
+    def layer_output(self, inputs: Inputs, layer: str) -> Tensor:
+        """What a layer gives under the composite, of shape (samples, *layer shape)."""
+        with put_on(self._composite(), unwrap(self.model)) as model:
+            check_layers(model, [layer], "layer")
+            outputs = record_outputs(model, inputs.to(_device_of(model)).run, len(inputs), [layer])
+        if layer not in outputs:
+            raise InputError(f"layer {layer!r} is not called in the forward pass; name another")
+        return outputs[layer]
+
+    def _multipliers_at(self, layer: str, inputs: Inputs, target: Target, given: Tensor) -> Tensors:
+        """Multipliers of a layer's output that is given, in place of what the layer makes of the inputs."""
+
+        def change(output: Tensor) -> Tensor:
+            if output.shape != given.shape:
+                raise InputError(
+                    f"layer {layer!r} gives {tuple(given.shape)} and, where gradients flow, {tuple(output.shape)}: its "
+                    "first axis must be that of the samples, of which some are computed at a time"
+                )
+            return given + (output - output.detach())  # (exactly what is given; rules see that it is of the input)
+
+        with changed_at(unwrap(self.model), layer, change) as calls:
+            found = self.multipliers(inputs, target, layer)[1]
+        _check_changed_once(layer, calls)
+        return found
 
     @atomic
     def differentiating(
-        self, inputs: Inputs, target: Target, relevance: bool = False
-    ) -> Iterator[Callable[[Inputs, Target], Tensors]]:
+        self, inputs: Inputs, target: Target, relevance: bool = False, layer: str | None = None
+    ) -> Iterator[Callable[..., Tensors]]:
         """Function, for many passes, from variants of inputs and the target of these rows to what `multipliers` gives.
 
-        With ``relevance``, it is what the composite gives, as it is.
+        With ``relevance``, it is what the composite gives, as it is. With a layer, it is what `multipliers` gives of
+        the layer, whose output is a third argument.
         """
+        if layer is not None:
+            yield partial(self._multipliers_at, layer)
+            return
         if self.composite is not None or self.condition:
             yield (
                 lambda inputs, rows: self.flow(inputs, rows).inputs if relevance else self.multipliers(inputs, rows)[1]

@@ -15,7 +15,7 @@ from zennit.core import Composite
 
 from crp import composites
 from crp.attributors.base import Attributor
-from crp.attributors.baselines import _baselines
+from crp.attributors.baselines import _all_baselines
 from crp.attributors.cam import CAM, GradCAM, GradCAMPlusPlus, GuidedGradCAM
 from crp.attributors.elrp import ELRP
 from crp.attributors.gradient import Gradient, Saliency, Sensitivity, SimpleTaylor
@@ -97,8 +97,10 @@ class Method(NamedTuple):
 
     @property
     def has_concepts(self) -> bool:
-        """Whether it gives concepts of layers relevance; the layer of a class activation map has none of its own."""
-        return self.family != "cam" and {"layer", "condition", "mask_map"} <= self.options.keys()
+        """Whether it gives concepts of layers relevance that flows on; the layer of a class activation map has none."""
+        # (integrated gradients have a path of its own for each layer, so that what is relevant in two does not add up)
+        has_flow = self.family != "cam" and "quadrature" not in self.options
+        return has_flow and {"layer", "condition", "mask_map"} <= self.options.keys()
 
 
 @dataclass(frozen=True)
@@ -171,13 +173,17 @@ def _propagate(
         return _explain(Gradient(model, make(**own), **how), inputs, target)
     if "reference" in own:
         raise InputError("baseline and reference are both given; they are two names of one option")
-    references = _baselines(own.pop("baseline"), inputs, model)
+    references = _all_baselines(own.pop("baseline"), inputs, model)
     parts = []
     # Each part has references of its own.
     for sample in torch.split(torch.arange(len(inputs)), how.get("batch_size") or len(inputs)):
-        part, of_part = inputs.select(sample), tuple(data[sample.to(data.device)] for data in references)
-        composite = _OfSeveral(of_part, **own) if len(of_part) > 1 else make(reference=of_part[0], **own)
-        parts.append(_explain(Gradient(model, composite, **how), part, target.rows(sample)))
+        part, totals = inputs.select(sample), list[Tensor]()
+        for number in range(len(references[0])):
+            of_part = tuple(each[number, sample.to(each.device)] for each in references)
+            composite = _OfSeveral(of_part, **own) if len(of_part) > 1 else make(reference=of_part[0], **own)
+            found = _explain(Gradient(model, composite, **how), part, target.rows(sample))
+            totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else [*found]
+        parts.append([total / len(references[0]) for total in totals])
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 

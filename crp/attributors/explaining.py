@@ -59,7 +59,7 @@ def explain(
         default. Others, such as ids or masks, are passed on.
     layer : str, optional
         With ``neuron``, the layer that it is in. Otherwise an option of the method: the layer of a class activation
-        map, or, for composites, the layer that is explained in place of the input.
+        map, or, for composites and gradients, the layer that is explained in place of the input.
     neuron : int or tuple of int, optional
         Unit to explain in place of an output: its place in the output of ``layer``, without the batch axis; a shorter
         one, such as a channel, is all that it holds.

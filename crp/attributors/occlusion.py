@@ -40,7 +40,7 @@ class Occlusion(Attributor):
     step : int or tuple of int
         Distance between windows, along the same axes. A list holds one for each of several inputs.
     baseline : number, Tensor, callable or None
-        What covers, as in `IntegratedGradients`. None is 0.
+        What covers, as in `IntegratedGradients`, but one for each sample. None is 0.
     per_feature : bool
         Whether the difference is shared equally among the features of the window, as DeepExplain does.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_FORWARD, Attributor
-from crp.attributors.baselines import Baseline, _baselines
+from crp.attributors.baselines import Baseline, _all_baselines
 from crp.attributors.target import Target
 from crp.checks import check_number
 from crp.concepts.ids import as_ids, as_numbers
@@ -38,7 +38,8 @@ class ShapleySampling(Attributor):
         image, with all of its channels. Every axis by default, so that each feature is a player. What it adds stands at
         each of its features. With several inputs, each has players of its own.
     baseline : number, Tensor, callable or None
-        As in `IntegratedGradients`. None is 0.
+        As in `IntegratedGradients`. None is 0. Of several, the values are means, and sum to the difference from the
+        mean of their scores; it takes as many times the scores.
     seed : int or None
         Of the permutations; None takes torch's global generator.
     permutations : Tensor of shape (samples, players), optional
@@ -72,11 +73,12 @@ class ShapleySampling(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and Shapley values."""
-        absent = _baselines(self.baseline, inputs, self.model)
+        absent = _all_baselines(self.baseline, inputs, self.model)
         explained = inputs.explained
         players = self._players(explained)
         n_players = 1 + max(int(numbers.max()) for numbers in players)
-        orders = self._orders(n_players)
+        given = self._orders(n_players)
+        orders = given.repeat(len(absent[0]), 1)  # (the same for each baseline)
         n_samples, coalitions = len(inputs), n_players + 1
         scores = torch.zeros(n_samples, len(orders) * coalitions, dtype=torch.float64)
         # Place of each player in each permutation.
@@ -84,12 +86,13 @@ class ShapleySampling(Attributor):
         with self.scoring(inputs, target) as score:
             for sample, time in self.rows(n_samples, len(orders) * coalitions, target, ROWS_FORWARD):
                 order, size = time // coalitions, time % coalitions
+                number = order // len(given)
                 present = ranks[order] < size[:, None]  # (rows, players)
                 made = []
                 for data, other, numbers in zip(explained, absent, players, strict=True):
                     rows = sample.to(data.device)
                     inside = present[:, numbers.flatten()].view(len(sample), *numbers.shape).to(data.device)
-                    made.append(torch.where(inside, data[rows], other[rows]))
+                    made.append(torch.where(inside, data[rows], other[number.to(rows), rows]))
                 scores[sample, time] = score(inputs.having(made, sample), target.rows(sample)).to(scores)
         added = scores.view(n_samples, len(orders), coalitions).diff(dim=2)
         values = added.gather(2, ranks.expand(n_samples, -1, -1)).mean(1)  # (samples, players)

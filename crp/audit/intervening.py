@@ -20,8 +20,9 @@ from crp.engine.attached import put_on
 from crp.engine.door import check_attribution
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
+from crp.engine.taps import _check_changed_once, changed_at
 from crp.errors import InputError, OutOfRangeError
-from crp.visualization.without import kept_part, run_changed
+from crp.visualization.without import kept_part
 
 
 def part_of(concept: Concept, activation: Tensor, concept_ids: Any) -> Tensor:
@@ -109,13 +110,9 @@ def intervene(
         return output - part + scale * new
 
     def with_layer(changing: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
-        output: Tensor
-        output, n_calls = run_changed(attribution.model, layer, changing, lambda model: output_of(samples, model))
-        if not n_calls:
-            raise InputError(f"the forward pass does not use layer {layer!r}")
-        if n_calls > 1:
-            names = ", ".join(f"{layer}#{i}" for i in range(n_calls))
-            raise InputError(f"layer {layer!r} is called {n_calls} times in the forward pass; name one: {names}")
+        with changed_at(attribution.model, layer, changing) as calls:
+            output = output_of(samples, attribution.model)
+        _check_changed_once(layer, calls)
         return output
 
     check_independent(

@@ -130,7 +130,7 @@ def attribute(
     page, rescaled = page or out.suffix.lower() == _PAGE, loading.pop("scale_without_first")
     _check_options(images, texts, page, out)
     if texts:
-        names = tokenizer or model.partition("hf:")[2], position or "-1", target, against, layer, concept
+        names = tokenizer or model.partition("hf:")[2], position, target, against, layer, concept
         asking = Asking(*names, rescaled)
         _check_writable(out.parent, out)
         loaded = _load(model, output, **loading)
@@ -231,10 +231,9 @@ def _named_places(images: Sequence[Path], out: Path, page: bool) -> list[Path]:
     if out.suffix.lower() in suffixes:
         raise CommandError(f"--out {out} is one file, and {len(images)} pictures are explained; name a folder")
     names = [image.stem for image in images]
-    return [
-        out / (f"{name}{suffix}" if names.count(name) == 1 else f"{name}-{number}{suffix}")
-        for number, name in enumerate(names)
-    ]
+    if len({name.casefold() for name in names}) < len(names):  # (a and A are one file on some disks)
+        names = [f"{name}-{number}" for number, name in enumerate(names)]
+    return [out / f"{name}{suffix}" for name in names]
 
 
 def _explain(
@@ -249,7 +248,7 @@ def _explain(
     on_page: PageConcepts | None,
 ) -> tuple[str, dict[str, Any]]:
     """Explain one picture, given as it is shown and as the model takes it, and tell what the model says of it."""
-    from crp.attributors.explaining import explain
+    from crp.attributors.explaining import explain, find_method
     from crp.commands.panel import draw
     from crp.visualization.report.explained import ExplainedPicture, write_explained
 
@@ -267,9 +266,9 @@ def _explain(
             f"layer {given.get('layer')!r} has no positions to draw; its relevance is {tuple(heatmap.shape)}"
         )
     said, of, classes, chances = _prediction(loaded, scores, aim % len(scores))
-    # A map of positions is the same for every channel; relevance of channels adds up.
-    is_map = method in ("cam", "grad_cam", "grad_cam_pp", "meaningful_perturbation")
-    flat = heatmap[0, 0] if is_map else heatmap[0].sum(0)
+    # A map of positions is the same for every channel; relevance, and shares of a window, add up.
+    is_map = find_method(method).family in ("cam", "perturbation") and not given.get("per_feature")
+    flat = heatmap[0, 0] if is_map and (heatmap == heatmap[:, :1]).all() else heatmap[0].sum(0)
     if on_page is None:
         draw(shown, flat, f"{said}{of}".replace("predicted ", "predicted: ", 1), caption, place)
     else:

@@ -84,10 +84,10 @@ def report_command(
     is_file = is_one_file(path)
     if single_file and not is_file:
         raise CommandError(f"--out {path} must end in .html with --single-file")
-    if single_file and (workers > 1 or part):
-        raise CommandError("--workers and --part draw into a folder; --single-file is for small tables")
-    if part and opened:
-        raise CommandError("--part writes no page that --open could show")
+    if is_file and (workers > 1 or part):
+        raise CommandError(f"--workers and --part draw into a folder, and {path} is one file, for small tables")
+    if part and (opened or workers > 1):
+        raise CommandError("--part writes no page that --open could show, and is drawn by one process, not --workers")
     unused = [f"--{name}" for name in ("steps", "seed") if given[name] is not None and given["maximize"] is None]
     if unused:
         raise CommandError(f"{' and '.join(unused)} say how --maximize makes up pictures; give it, too")

@@ -25,7 +25,7 @@ class Asking(NamedTuple):
     """What is asked about texts, as it is typed."""
 
     tokenizer: str
-    position: str
+    position: str | None
     target: str | None
     against: str | None
     layer: str | None
@@ -87,14 +87,11 @@ def explain_texts(
     through += ", in colours of the tokens behind the first" if asking.scale_without_first else ""
     captions = [f"{facts['said']} ({chosen.name}{through})" for _, facts in found]
     shown = [text.scaled_without() if asking.scale_without_first else text for text, _ in found]
-    try:
-        if suffix == ".html":
-            page = text_page(list(zip(captions, shown, strict=True)), "Texts explained")
-            write_atomic(out, page.encode())
-        else:
-            _write_figure(plot_texts(shown, captions), out, dpi=150)
-    except OSError as error:
-        raise CommandError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    if suffix == ".html":
+        page = text_page(list(zip(captions, shown, strict=True)), "Texts explained")
+        write_atomic(out, page.encode())
+    else:
+        _write_figure(plot_texts(shown, captions), out, dpi=150)
     for text, (_, facts) in zip(texts, found, strict=True):
         if as_json:
             facts["said"] = _plain(facts["said"])
@@ -138,9 +135,9 @@ def _explain(
         output = select_scores(asked.run(loaded.model), loaded.output)
     words = texts.words(number)
     n = len(words.words)
-    place = None if output.dim() == 2 else _place(asking.position, n)
-    if place is None and asking.against is not None:
-        raise CommandError("--against is for language models; this one gives a score for each class")
+    place = None if output.dim() == 2 else _place(asking.position or "-1", n)
+    if place is None and (asking.against is not None or asking.position is not None):
+        raise CommandError("--position and --against are for language models; this one gives a score for each class")
     scores = output[0] if place is None else output[0, place]
     target, named, facts = _aim(scores, place, texts, loaded, asking)
     heatmap: Tensor = explain(method, loaded.model, asked.data, target, output=loaded.output, **given)
@@ -167,8 +164,8 @@ def _aim(
     def name(index: int) -> str:
         return loaded.class_name(index) if place is None else repr(texts.word(index))
 
+    loaded.check_names(len(scores))
     if place is None:
-        loaded.check_names(len(scores))
         chosen = first if asking.target is None else find_class(asking.target, loaded.classes, "--target")
         if not -len(scores) <= chosen < len(scores):
             raise CommandError(f"--target {asking.target}: the model has the classes 0 to {len(scores) - 1}")

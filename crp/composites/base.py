@@ -35,13 +35,14 @@ from crp.composites.selection import (
 from crp.engine.attached import check_free, note_placed, note_removed
 from crp.engine.encoding import Propagation
 from crp.errors import InputError, StateError
-from crp.layers import ByChainRule, modules_of, referencing, uncompiled, without_parameter_gradients
+from crp.layers import ByChainRule, modules_of, referencing, uncompiled, unwrap, without_parameter_gradients
 from crp.layers.interrupts import atomic, undivided
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
 from crp.rules.kernels import _in_registries
 from crp.rules.layer import changed
+from crp.rules.packed import _packed_seen
 from crp.trace import Structure, structure, tracing
 from crp.trace.recorder import tensors_in
 
@@ -142,14 +143,15 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
 
         Raises
         ------
-        RuntimeError
-            If the composite is on a model already.
+        RuntimeError, TypeError
+            If the composite is on a model already, or this is no model.
         """
         if self.handles:
             raise StateError(
                 f"this {type(self).__name__} is on a model already, and can be on one at a time; leave its context "
                 "(or call remove()) first, or use another composite"
             )
+        unwrap(module)  # (refuses what is no model)
         check_free(self, module)
         entries, modules = self.entries, modules_of(module)
         assert self._ready is not None
@@ -168,7 +170,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)
             parts = modules.values()
-            of_model = uncompiled(module, parts), without_parameter_gradients(module, parts)
+            of_model = uncompiled(module, parts), without_parameter_gradients(module, parts), *_packed_seen(parts)
             for state in (*of_model, _in_registries, checkpoints_under_rules):
                 self.handles.append(_Lasting(state))
             self._thread = get_ident()

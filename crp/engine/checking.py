@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from zennit.core import Composite
 
 from crp.engine.attached import put_on
@@ -23,8 +24,8 @@ from crp.wording import percent
 
 #: What rules are called in a report whose multiplier is the gradient: LRP-0, and what has no rule.
 _GRADIENT = ("ordinary chain rule", "LRP0(zero_params=())", "Epsilon(epsilon=0.0, zero_params=(), ")
-#: Step of the difference quotient, by dtype, and how far it may be from the relevance, relative to the larger.
-_STEP, _ACCURACY = {torch.float64: 1e-5}, 0.01
+#: How far the difference quotient may be from the relevance, relative to the larger.
+_ACCURACY = 0.01
 #: Change of a heatmap, relative to its largest value, below which weights count as without effect.
 _EFFECT = 1e-3
 
@@ -126,15 +127,16 @@ def check_explanation(
     result = attribution(data, conditions, composite)
     again = attribution(data, conditions, composite)
     heatmap = _heatmap_of(result, inputs)
+    plain, rounding = _run_plainly(attribution, inputs)
     findings = [
-        _prediction_unchanged(attribution, inputs, result),
+        _prediction_unchanged(plain, result, rounding),
         _finite(attribution, result, heatmap),
         _repeats(heatmap, _heatmap_of(again, inputs)),
         _weights_matter(attribution, inputs, conditions, composite, heatmap),
     ]
-    account, kept = _account(attribution, data, conditions, composite)
+    account, kept = _account(attribution, data, conditions, composite, rounding)
     operations, left = _operations(attribution, inputs.select([0]), composite)
-    findings += [_as_by_differences(attribution, inputs.select([0]), conditions, composite, operations)]
+    findings += [_as_by_differences(attribution, inputs.select([0]), conditions, composite, operations, rounding)]
     rules = dict(Counter(operation.rule for operation in operations).most_common())
     return Checked([findings[0], account, *findings[1:]], kept, rules, left)
 
@@ -145,18 +147,41 @@ def _heatmap_of(result: AttributionResults, inputs: Inputs) -> Tensor:
     return torch.cat([heatmap.flatten() for heatmap, _ in heatmaps])
 
 
-def _prediction_unchanged(attribution: _Attributing, inputs: Inputs, result: AttributionResults) -> _Point:
-    with torch.no_grad(), evaluating(attribution.model):
+class _Dtypes(TorchFunctionMode):
+    """Collects the floating-point dtypes in which a model computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set[torch.dtype]()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [value for value in (*args, result) if isinstance(value, Tensor)]
+        self.seen |= {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        return result
+
+
+def _run_plainly(attribution: _Attributing, inputs: Inputs) -> tuple[Tensor, float]:
+    """Prediction without a composite, and the relative rounding of the least precise dtype that takes part in it."""
+    with torch.no_grad(), evaluating(attribution.model), _Dtypes() as dtypes:
         plain = attribution.select_output(inputs.run(attribution.model))
+    return plain, max(torch.finfo(dtype).eps for dtype in (plain.dtype, *dtypes.seen))
+
+
+def _prediction_unchanged(plain: Tensor, result: AttributionResults, rounding: float) -> _Point:
     repeats = len(result.prediction) // len(plain)
     plain = plain.repeat_interleave(repeats, 0).to(result.prediction)
     scale = float(plain.abs().max()) or 1.0
-    value, limit = float((result.prediction - plain).abs().max()) / scale, 1e4 * torch.finfo(plain.dtype).eps
+    value, limit = float((result.prediction - plain).abs().max()) / scale, min(1e4 * rounding, 0.1)
     return _Point("prediction", value <= limit, value, limit, "the model predicts the same under the composite")
 
 
 def _account(
-    attribution: _Attributing, data: Data, conditions: Sequence[Condition], composite: Composite | None
+    attribution: _Attributing,
+    data: Data,
+    conditions: Sequence[Condition],
+    composite: Composite | None,
+    rounding: float,
 ) -> tuple[_Point, dict[str, dict[str, float]]]:
     """Σ input + Σ kept = initial, for targets alone, as conditions on layers mask some of it."""
     name = attribution.MODEL_OUTPUT_NAME
@@ -167,7 +192,7 @@ def _account(
         return _Point("account", None, None, None, f"{what}: not known of {type(composite).__name__}"), {}
     account = attribution.absorbed(data, targets, composite)
     scale = account.initial.abs().clamp(min=torch.finfo(account.initial.dtype).tiny)
-    value, limit = float((account.rest.abs() / scale).max()), float(torch.finfo(account.initial.dtype).eps ** 0.5)
+    value, limit = float((account.rest.abs() / scale).max()), rounding**0.5
     kept = {
         layer: {kind: float((share / account.initial).mean()) for kind, share in shares.items()}
         for layer, shares in account.layers.items()
@@ -219,6 +244,7 @@ def _as_by_differences(
     conditions: Sequence[Condition],
     composite: Composite | None,
     operations: Sequence[Any],
+    rounding: float,
 ) -> _Point:
     """Relevance of the strongest concept of a layer halfway, against the change of the output where it is scaled.
 
@@ -236,7 +262,7 @@ def _as_by_differences(
     result = attribution(sample.data, [{name: targets}], composite, [layer])
     relevance = result.relevances[layer][0].reshape(len(result.relevances[layer][0]), -1).sum(1)
     concept = int(relevance.abs().argmax())
-    step = _STEP.get(result.prediction.dtype, 1e-2)
+    step = 1e-5 if rounding < 1e-12 else 1e-2
 
     def output(scale: float) -> float:
         def scaled(module: nn.Module, args: Any, value: Tensor) -> Tensor:

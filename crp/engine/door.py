@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from zennit.core import Composite
 
 from crp.errors import InputError, InputTypeError
+from crp.layers.packed import _is_packed
 from crp.notices import warn
 from crp.wording import first_few
 
@@ -123,7 +124,9 @@ def _is_as_marked(mark: _Mark, tensor: Tensor) -> bool:
 
 
 def _has_numbers(tensor: Tensor) -> bool:
-    return not is_lazy(tensor) and not tensor.is_meta and tensor.is_floating_point() and tensor.layout is torch.strided
+    if is_lazy(tensor) or _is_packed(tensor):  # (of packed ones, not all functions are there)
+        return False
+    return not tensor.is_meta and tensor.is_floating_point() and tensor.layout is torch.strided
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> list[str]:

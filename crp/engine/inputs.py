@@ -304,8 +304,9 @@ def _check_values(values: Mapping[Any, Any], by_name: bool) -> None:
         if by_name and not isinstance(name, str):
             raise InputTypeError(f"a dict of inputs has the names of the model's arguments as keys, not {name!r}")
         if not isinstance(value, (Tensor, *CONSTANTS)):
+            made = ' (a tokenizer gives tensors by return_tensors="pt")' if isinstance(value, list) else ""
             raise InputTypeError(
-                f"input {name!r} is a {type(value).__name__}; inputs are tensors with the samples on their first axis, "
+                f"input {name!r} is {_as_kind(value)}{made}; inputs are tensors with the samples on their first axis, "
                 "or numbers, bools, strings and None, which are passed on"
             )
     for name, value in values.items():
@@ -315,7 +316,8 @@ def _check_values(values: Mapping[Any, Any], by_name: bool) -> None:
     if len(set(sizes.values())) > 1 or None in sizes.values():
         shapes = ", ".join(f"{name!r} of shape {tuple(values[name].shape)}" for name in sizes)
         raise InputError(
-            f"the inputs are for {list(sizes.values())} samples; each must have as many, on its first axis: {shapes}"
+            f"the inputs are for {list(sizes.values())} samples; each must have as many, on its first axis: {shapes}. "
+            "What is no sample's, as the edges of a graph, belongs to a module around the model, whose forward adds it"
         )
 
 

@@ -105,6 +105,61 @@ def outputs_meant(
     return outputs, references
 
 
+@atomic
+def changed_at(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor]) -> Iterator[list[bool]]:
+    """Context in which a layer gives, or is called with, something else.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layer : str
+        Named as in `crp.layers.addresses`; without the number of a call, all its calls are changed.
+    change : callable
+        Function of what the layer gives, or is called with.
+
+    Yields
+    ------
+    list of bool
+        For each call of the layer, whether it was changed.
+
+    Raises
+    ------
+    KeyError
+        If the model has no such layer.
+    TypeError
+        If it gives no tensor.
+    """
+    check_layers(model, [layer], "layer")
+    modules = modules_of(model)
+    name, is_input, number = Address.of(layer, modules)
+    thread, calls = get_ident(), list[bool]()
+
+    def hook(module: nn.Module, _args: object, _kwargs: object, output: Any) -> Tensor | None:
+        if get_ident() != thread or tracing() or referencing() or watch():
+            return None
+        calls.append(number in (None, len(calls)))
+        if not calls[-1]:
+            return None
+        if not isinstance(output, Tensor):
+            raise InputTypeError(
+                f"layer {layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; name a "
+                "layer inside it, or after it"
+            )
+        return change(output)
+
+    with hooked_at(modules, {(name, is_input): hook}):
+        yield calls
+
+
+def _check_changed_once(layer: str, calls: Sequence[bool]) -> None:
+    """Raise a `ValueError` unless one call of a layer was changed."""
+    if not any(calls):
+        raise InputError(f"the forward pass does not use layer {layer!r}")
+    if sum(calls) > 1:
+        names = ", ".join(f"{layer}#{i}" for i in range(len(calls)))
+        raise InputError(f"layer {layer!r} is called {len(calls)} times in the forward pass; name one: {names}")
+
+
 def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
     """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
     if not layers:

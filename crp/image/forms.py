@@ -145,10 +145,9 @@ def draw_form(form: str, image: Picture, heatmap: Tensor | Array) -> Image.Image
     ValueError
         If there is no such form.
     """
-    if form == "heatmap":
-        return draw_heatmap(heatmap, as_picture(image).shape[:2])
     drawn: dict[str, Callable[[Picture, Tensor | Array], Image.Image]] = {
         "masked": draw_masked,
+        "heatmap": lambda image, heatmap: draw_heatmap(heatmap, as_picture(image).shape[:2]),
         "overlay": draw_overlay,
         "contour": draw_contour,
         "crop": draw_crop,

@@ -59,11 +59,10 @@ def plot_graph(
     for x, column in enumerate(columns):
         for y, key in enumerate(column):
             places[key] = (2.2 * x, -(y + (tallest - len(column)) / 2) * 1.3)
-    for edge in edges:
-        for key in edge:
-            if key not in places:
-                raise NameNotFoundError(f"the edge {edge} names {key!r}, which is in no column")
-        check_number(f"the relevance of the edge {edge}", edges[edge])
+    for edge, value in edges.items():
+        if unknown := [key for key in edge if key not in places]:
+            raise NameNotFoundError(f"the edge {edge} names {unknown[0]!r}, which is in no column")
+        check_number(f"the relevance of the edge {edge}", value)
     ax = new_axes(2.2 * len(columns), 1.3 * tallest + 0.5) if ax is None else ax
     _draw_edges(ax, places, edges)
     for x, column in enumerate(columns):

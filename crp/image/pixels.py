@@ -55,7 +55,7 @@ def imgify(
     cmap : str or ColorMap
         Colours of arrays with one channel: a name of `zennit.image.CMAPS`, or the source of a colour map.
     vmin, vmax : float, optional
-        Values of the first and last colour instead of the array's least and greatest.
+        Values of the first and last colour instead of the array's least and greatest; one is for both if symmetric.
     symmetric : bool
         Whether the range goes from minus to plus the greatest absolute value, so that 0 has the middle colour.
     level : float
@@ -223,9 +223,11 @@ def _to_bytes(array: Array, vmin: Bound, vmax: Bound, symmetric: bool, axes: tup
             raise InputError(f"{name} must be a finite number, not {shortened(bound)}")
     array = array.astype(np.float64)
     least, greatest = zimage.interval_norm_bounds(array, symmetric=symmetric, dim=axes)
-    low = least if vmin is None else np.asarray(vmin)
-    span = (greatest if vmax is None else np.asarray(vmax)) - low
-    flat = span == 0
-    share = np.where(flat, 0.5 * symmetric, (array - low) / np.where(flat, 1, span))
+    low, high = (least if vmin is None else np.asarray(vmin)), (greatest if vmax is None else np.asarray(vmax))
+    if symmetric and (vmin is None) != (vmax is None):
+        high = np.abs(low if vmax is None else high)
+        low = -high
+    flat = low == high
+    share = np.where(flat, 0.5 * symmetric, (array - low) / np.where(flat, 1, high - low))
     result: Array = (share * 255).clip(0, 255).astype(np.uint8)
     return result

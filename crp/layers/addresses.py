@@ -177,19 +177,18 @@ class _Projection(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Call a function, the attention as one that tells what goes into its projection."""
-        if func is not F.multi_head_attention_forward:
+        if func is not F.multi_head_attention_forward and func is not _projecting():
             return func(*args, **(kwargs or {}))
         n_samples = args[0].shape[1] if args[0].dim() == 3 else 1  # (of the query)
-        token = _running.set(partial(self._project, n_samples))
+        # (the mode that was entered last is asked first, and has made it a call that tells)
+        later = _running.get() if func is _projecting() else ()
+        token = _running.set((partial(self._told, n_samples), *later))
         try:
             return _projecting()(*args, **(kwargs or {}))
         finally:
             _running.reset(token)
 
-    def _project(self, n_samples: int, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._told(False, F.linear(self._told(True, value, n_samples), weight, bias), n_samples)
-
-    def _told(self, is_input: bool, value: Tensor, n_samples: int) -> Tensor:
+    def _told(self, n_samples: int, is_input: bool, value: Tensor) -> Tensor:
         """What a hook makes of (tokens * samples, channels), which it sees as (samples, tokens, channels)."""
         if is_input not in self.hooks:
             return value
@@ -223,8 +222,8 @@ class _OfWindows(_Projection):
         return value if replaced is None else replaced
 
 
-#: What projects the output of the `nn.MultiheadAttention` that is running.
-_running: ContextVar[Callable[[Tensor, Tensor, Tensor | None], Tensor]] = ContextVar("running")
+#: What is told of the output projection of the `nn.MultiheadAttention` that is running: its input (True), and output.
+_running: ContextVar[tuple[Callable[[bool, Tensor], Tensor], ...]] = ContextVar("running")
 
 
 @cache
@@ -236,7 +235,12 @@ def _projecting() -> FunctionType:
 
 
 def _linear(value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _running.get()(value, weight, bias)
+    for tell in _running.get():
+        value = tell(True, value)
+    value = F.linear(value, weight, bias)
+    for tell in _running.get():
+        value = tell(False, value)
+    return value
 
 
 def rebound(function: Callable[..., Any], **names: Any) -> FunctionType:

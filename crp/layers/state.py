@@ -172,19 +172,23 @@ class Snapshot:
         if tensor.is_leaf:
             self.keep(tensor.grad)
             self._undo.append(partial(_put_gradient_back, tensor, tensor.grad, tensor.requires_grad))
-        if id(tensor) not in self._later:
-            self._keep_content(tensor)
+        if attributes := vars(tensor):  # (in which bitsandbytes says how a weight is packed)
+            self._keep_container(attributes, objects=True)
+        self._keep_content(tensor, is_written=id(tensor) not in self._later)
 
-    def _keep_content(self, tensor: Tensor) -> None:
+    def _keep_content(self, tensor: Tensor, is_written: bool = True) -> None:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             same = tensor.detach()  # the same memory, and the shape and type of now
-            self._undo.append(partial(_put_tensor_back, tensor, same, _version_of(tensor), _once(same).clone()))
+            content = _once(same).clone() if is_written else None
+            self._undo.append(partial(_put_tensor_back, tensor, same, _version_of(tensor), content))
 
 
-def _put_tensor_back(tensor: Tensor, same: Tensor, version: int | None, content: Tensor) -> None:
+def _put_tensor_back(tensor: Tensor, same: Tensor, version: int | None, content: Tensor | None) -> None:
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), torch.inference_mode(tensor.is_inference()):
         if _form(tensor) != _form(same):  # resized, or given other memory
             tensor.data = same
+        if content is None:
+            return
         if not _is_plain(same):
             if _version_of(tensor) != version or tensor.layout is torch.sparse_coo:  # (which misses some changes)
                 tensor.copy_(content)

@@ -46,7 +46,7 @@ class _Chain(_Shared):
     """The ordinary chain rule, of which each operand gets a part."""
 
     def __init__(self, parts: list[Part]) -> None:
-        super().__init__(0.0)
+        super().__init__()
         self._parts = parts
 
     def parts(self, layer: Layer) -> Parts:
@@ -207,6 +207,8 @@ class MatrixProduct(_Attending):
 
 class _ConstantWeights(_OfMethod, MatrixProduct):
     """The same for methods without a rule for attention: one operand must be such probabilities, which are constant."""
+
+    words = "MatrixProduct(mode='constant')"
 
     def operate(self, layer: Layer) -> Any:
         """Return the product.

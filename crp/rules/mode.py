@@ -31,6 +31,7 @@ from crp.rules.passing import _copied, _passed
 from crp.rules.recurrent import RECURRENT
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
+from crp.trace.recorder import tensors_in
 
 # In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
@@ -184,6 +185,8 @@ class SeeingMode(TorchFunctionMode):
             passed |= Born.ACTIVATION  # (as x * sigmoid(x) is)
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
+            if not op.known.known:
+                self._check_derivative(op, result)
             if "step" in op.known.properties:  # (a constant, which no factor beside it must share relevance with)
                 result = result.detach_() if op.is_in_place and not result._is_view() else result.detach()
         else:
@@ -201,9 +204,12 @@ class SeeingMode(TorchFunctionMode):
     def _parts(self, op: Operation) -> Any:
         """What is remembered of a call, by what is of its operands."""
         notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
+        begins = op.known.canonical in BEGINNING and len(op.inputs) == 1
+        if not (notes or begins):
+            return None
         kinds = {type(note.parts) for note in notes}
         parts: Any = _combined(op, self.notes) if _OfExponentials in kinds else None
-        begins = op.known.canonical in BEGINNING and len(op.inputs) == 1 and _Entrywise not in kinds
+        begins = begins and _Entrywise not in kinds
         if parts is None and (begins or _Entrywise in kinds):
             return _entrywise(op, self.notes, begins)
         return notes[0].parts if notes and op.known.canonical == "clone" and parts is None else parts
@@ -309,6 +315,15 @@ class SeeingMode(TorchFunctionMode):
             f"the model differentiates inside its forward pass ({_in_words(known.name, self.innermost())}): under "
             "rules its derivative, and so its prediction, would be another one. Explain a model without that step"
         )
+
+    def _check_derivative(self, op: Operation, result: Any) -> None:
+        """Raise a `NotImplementedError` where torch warns of a lacking derivative, and sends nothing back."""
+        for tensor in tensors_in(result):
+            if tensor.grad_fn is not None and tensor.grad_fn.name().endswith("::WarnNotImplemented"):
+                raise NotImplementedError(
+                    f"{_in_words(op.known.name, self.innermost())} is registered with torch without a derivative, so "
+                    "that nothing is sent back through it; register one, as by torch.library.register_autograd"
+                )
 
     def innermost(self) -> str:
         """Name of the innermost module that runs, for an error."""

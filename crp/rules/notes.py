@@ -37,6 +37,8 @@ class Born:
 
 
 BORN: int = sum(flag for name, flag in vars(Born).items() if name.isupper())
+#: Where functions of autograd are whose gradient is that of what they compute.
+_TRUSTED = ("crp.", "torch.")
 #: Flags that a result keeps although constants are among its operands.
 _NEUTRAL = FIRST | BORN
 _NESTED = (tuple, list, dict)
@@ -256,7 +258,7 @@ class Notes:
         written = self._writes.get(id(base))
         version, flags = written[1:] if written is not None and written[0]() is base else (-1, 0)
         known = note is not None and note.tensor() is tensor
-        if not known and tensor._base is not None:  # a view that no operation returned
+        if not known and tensor._base is not None and not _is_own(tensor.grad_fn):  # a view that no operation returned
             of_base = self._notes.get(id(base))
             known = of_base is not None and of_base.tensor() is base
             if known and of_base is not None and of_base.version == tensor._version:
@@ -296,3 +298,9 @@ class Notes:
         self._writes.clear()
         self._inputs.clear()
         self.tolerant, self.has_parts, self.has_logarithms = 0, False, False
+
+
+def _is_own(node: Any) -> bool:
+    """Whether a node of autograd's graph is of a user's own function, whose gradient may be any, as in a reversal."""
+    kind = getattr(type(node), "_forward_cls", None)
+    return kind is not None and not kind.__module__.startswith(_TRUSTED)

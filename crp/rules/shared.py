@@ -26,6 +26,11 @@ class _Shared(Rule):
 
     settings: ClassVar[tuple[str, ...]] = ()
     shares = True
+    #: What a report shows, where nobody can write the rule's name.
+    words: ClassVar[str] = ""
+
+    def __repr__(self) -> str:
+        return self.words or super().__repr__()
 
     def parts(self, layer: Layer) -> Parts:
         """Parts of all arguments."""
@@ -57,8 +62,7 @@ class _Shared(Rule):
 class _Proportional(_Shared):
     """The ordinary chain rule, for functions with constant operands, which keep their share of the relevance."""
 
-    def __init__(self) -> None:
-        super().__init__(0.0)
+    words = "ordinary chain rule"
 
     def operate(self, layer: Layer) -> Any:
         """Return the function's output; what the operands that depend on the model's input do not explain is kept."""
@@ -86,8 +90,7 @@ class _Softmax(_Proportional):
 class _OfSquares(_Shared):
     """A mean of squares, such as a variance: of degree two, so that half of its gradient is all of its relevance."""
 
-    def __init__(self) -> None:
-        super().__init__(0.0)
+    words = "half of the ordinary chain rule"
 
     def parts(self, layer: Layer) -> Parts:
         """A half."""
@@ -97,8 +100,7 @@ class _OfSquares(_Shared):
 class _ByGrid(_Shared):
     """Samples of a tensor, at places that a grid names: the grid is held constant, as an index is."""
 
-    def __init__(self) -> None:
-        super().__init__(0.0)
+    words = "chain rule, with the grid held constant"
 
     def parts(self, layer: Layer) -> Parts:
         """All for what is sampled."""
@@ -114,8 +116,7 @@ class _Solved(_Shared):
     number.
     """
 
-    def __init__(self) -> None:
-        super().__init__(0.0)
+    words = "chain rule, with the matrix held constant"
 
     def parts(self, layer: Layer) -> Parts:
         """All for B, if it depends on the model's input."""
@@ -144,8 +145,7 @@ class _OfMethod(Rule):
 class _OfFactors(_Shared):
     """A product of all entries along an axis, each of which has an equal share, as each of two factors has."""
 
-    def __init__(self) -> None:
-        super().__init__(0.0)
+    words = "an equal part of the chain rule for each factor"
 
     def parts(self, layer: Layer) -> Parts:
         """One over their number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ from crp.visualization.text_references import TextRow, reference_texts
 
 #: ``(concept ids, classes, ranks) -> {id: value}``; there are no classes where samples of all classes are ranked.
 _Compute = Callable[[list[Any], list[int], tuple[int, int]], dict[Any, Any]]
+#: A concept, and the class whose samples are ranked; None for those of all classes.
+_Asked = tuple[ConceptId, int | None]
 
 
 class ReferenceQueries(SampleAccess):
@@ -225,17 +227,18 @@ class ReferenceQueries(SampleAccess):
         if composite is None:
             raise InputError("precompute_ref needs a composite: without it, there are no heatmaps")
         for layer, concept_ids in layer_c_ind.items():
-            for concept_id in tqdm(refs.concept_list(concept_ids), desc=layer, dynamic_ncols=True):
-                shared: Any = (mode, r_range, composite, rf, None, batch_size)
-                of_all = self.get_max_reference([concept_id], layer, *shared)
-                found: list[tuple[str, int | None, dict[Any, Any]]] = [("get_max_reference", None, of_all)]
-                for target in self.compute_stats(concept_id, layer, mode, top_N, mean_N)[0].tolist() if stats else ():
-                    of_class = self.get_stats_reference(concept_id, layer, target, *shared)
-                    found.append(("get_stats_reference", target, of_class))
-                for method, of, references in found:
-                    _, ranks = self._lookup(layer, mode, r_range, of)
-                    for key, (shown, heat) in references.items():
-                        self._save_precomputed(shown, heat, key, plot_list, layer, mode, ranks, composite, rf, method)
+            of_all: list[_Asked] = [(concept, None) for concept in refs.concept_list(concept_ids)]
+            of_classes: list[_Asked] = []
+            for concept, _ in of_all if stats else ():
+                targets, _ = self.compute_stats(concept, layer, mode, top_N, mean_N)
+                of_classes += [(concept, target) for target in targets.tolist()]
+            for method, asked in (("get_max_reference", of_all), ("get_stats_reference", of_classes)):
+                request, ranks = refs.checked((method, layer, mode, composite, rf, None, {}), r_range)
+                found = self._each_reference(request, asked, ranks, batch_size)
+                for key, existing, (shown, heat) in tqdm(
+                    found, layer, len(asked), dynamic_ncols=True, disable=not asked
+                ):
+                    self._save_precomputed(shown, heat, key, plot_list, layer, mode, existing, composite, rf, method)
 
     def _cached(
         self,
@@ -254,8 +257,7 @@ class ReferenceQueries(SampleAccess):
         picture, r_range = refs.checked(request, r_range)
         check_flags(overwrite=overwrite)
         concepts = refs.concept_list(concept_ids)
-        # key of the answer -> the concept, and the class whose samples are ranked
-        asked: dict[Any, tuple[ConceptId, int | None]] = {concept: (concept, None) for concept in concepts}
+        asked: dict[Any, _Asked] = {concept: (concept, None) for concept in concepts}
         if classes is not None:
             concept = refs.one_concept(concept_ids)
             asked = {f"{concept}:{target}": (concept, target) for target in refs.target_list(classes)}
@@ -324,31 +326,37 @@ class ReferenceQueries(SampleAccess):
 
     def _references(self, request: PictureRequest, batch_size: int) -> _Compute:
         """What computes the references that `_cached` lacks."""
-        layer, mode, options = request.layer, request.mode, request.options
-        init = options.get("init", "activation")
 
         def compute(ids: list[Any], classes: list[int], wanted: tuple[int, int]) -> dict[Any, Any]:
-            targets: list[int | None] = [*classes] or [None] * len(ids)
-            tops = {target: self._lookup(layer, mode, wanted, target) for target in dict.fromkeys(targets)}
-            chosen, best = dict[Any, tuple[ConceptId, int | None, ReferenceSamples]](), dict[Any, float]()
-            for concept, target in zip(ids, targets, strict=True):
-                top, ranks = tops[target]
-                index = refs.column(self._concept(layer), concept, layer, top.sample.shape[1])
-                key = concept if target is None else f"{concept}:{target}"
-                chosen[key] = concept, target, ReferenceSamples(*(array[slice(*ranks), index] for array in top))
-                best[key] = top.value[0, index]
-            refs._tell_signs({key: rows.value for key, (_, _, rows) in chosen.items()}, best, layer, mode)
-            references = {}
-            for key, (concept, target, rows) in chosen.items():
-                shown = target if init == "relevance" and target is not None else options.get("targets")
-                start = refs.row_targets(init, shown, rows.target, layer)
-                references[key] = self._load_ref_and_attribution(
-                    rows.sample, concept, rows.position, layer, request.composite, request.rf, request.plot_fn,
-                    batch_size, **start,
-                )  # fmt: skip
-            return references
+            asked = list(zip(ids, classes or (None,) * len(ids), strict=True))
+            return {key: value for key, _, value in self._each_reference(request, asked, wanted, batch_size)}
 
         return compute
+
+    def _each_reference(
+        self, request: PictureRequest, asked: Sequence[_Asked], wanted: tuple[int, int], batch_size: int
+    ) -> Iterator[tuple[Any, tuple[int, int], Any]]:
+        """Key, ranks that exist, and references of each concept (and class), which are told of before the first."""
+        layer, mode, options = request.layer, request.mode, request.options
+        init = options.get("init", "activation")
+        chosen, best = dict[Any, tuple[tuple[int, int], ReferenceSamples]](), dict[Any, float]()
+        keys = {pair: pair[0] if pair[1] is None else f"{pair[0]}:{pair[1]}" for pair in asked}
+        for target in dict.fromkeys(target for _, target in asked):
+            top, ranks = self._lookup(layer, mode, wanted, target)
+            for pair, key in keys.items():
+                if pair[1] == target:
+                    index = refs.column(self._concept(layer), pair[0], layer, top.sample.shape[1])
+                    rows = ReferenceSamples(*(array[slice(*ranks), index].copy() for array in top))
+                    chosen[key], best[key] = (ranks, rows), top.value[0, index]
+        refs._tell_signs({key: chosen[key][1].value for key in keys.values()}, best, layer, mode)
+        for (concept, target), key in keys.items():
+            ranks, rows = chosen[key]
+            shown = target if init == "relevance" and target is not None else options.get("targets")
+            start = refs.row_targets(init, shown, rows.target, layer)
+            yield key, ranks, self._load_ref_and_attribution(
+                rows.sample, concept, rows.position, layer, request.composite, request.rf, request.plot_fn,
+                batch_size, **start,
+            )  # fmt: skip
 
     def _lookup(
         self, layer: str, mode: str, r_range: tuple[int, int], target: int | None = None

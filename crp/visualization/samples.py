@@ -78,7 +78,7 @@ class SampleAccess:
         """
         check_flags(preprocessing=preprocessing)
         (number,) = as_ids([index], what="a sample's index")
-        n = len(self.dataset)
+        n = _length(self.dataset)
         if not -n <= number < n:
             raise OutOfRangeError(f"the dataset has {n} samples, 0 to {n - 1}; there is no sample {number}")
         sample = read(on_device(self.dataset, self.device), number)
@@ -157,7 +157,7 @@ class SampleAccess:
         if mark := self._remembered("decoder", decoding, lambda: self._decoder(table)):
             table.check(decoder=mark)
         if table.header.probes:
-            state = _Same(self.dataset), len(self.dataset), str(table.path), table.header.identity
+            state = _Same(self.dataset), _length(self.dataset), str(table.path), table.header.identity
             self._remembered("samples", state, lambda: check_dataset(table, files_of(self._samples_mined())))
         table.check(**found)
 
@@ -199,7 +199,7 @@ class SampleAccess:
             "preprocess": self._preparation(),
         }
         if dataset:
-            kept = _Same(self.dataset), len(self.dataset)
+            kept = _Same(self.dataset), _length(self.dataset)
             found["dataset"] = self._remembered("dataset", kept, lambda: fingerprint_dataset(self.dataset))
         if lacking := [layer for layer in layers if layer not in self.layer_map]:
             warn(
@@ -226,6 +226,16 @@ class SampleAccess:
         if self._fingerprints.get(name, (None,))[0] != state:
             self._fingerprints[name] = state, compute()
         return self._fingerprints[name][1]
+
+
+def _length(dataset: Any) -> int:
+    """Number of samples; an error where there is no dataset."""
+    if dataset is None:
+        raise InputTypeError(
+            "the dataset is None: it has samples to show, and what was mined must be of it; give the dataset, or "
+            "check=False to read statistics without one"
+        )
+    return len(dataset)
 
 
 class _Same:

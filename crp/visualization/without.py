@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crp.attribution import CondAttribution
 from crp.engine.attached import put_on
 from crp.engine.masks import apply_masks
-from crp.engine.taps import check_layers
+from crp.engine.taps import changed_at
 from crp.engine.tokens import scored_at
-from crp.errors import InputTypeError
-from crp.layers import modules_of, referencing
-from crp.layers.addresses import Address, hooked_at
 
 #: Functions of a layer's multipliers, each of which keeps in one row what is to be switched off.
 _Masks = Sequence[Callable[[Tensor], Tensor]]
@@ -24,57 +20,6 @@ _Masks = Sequence[Callable[[Tensor], Tensor]]
 
 class _NoRowsError(Exception):
     """The first axis of a layer's output is not that of the rows."""
-
-
-def run_changed(
-    model: nn.Module, layer: str, change: Callable[[Tensor], Tensor], run: Callable[[nn.Module], Any]
-) -> tuple[Any, int]:
-    """What ``run`` gives where a layer gives, or is called with, something else.
-
-    Parameters
-    ----------
-    model : nn.Module
-    layer : str
-        Named as in `crp.layers.addresses`; without the number of a call, all its calls are changed.
-    change : callable
-        Function of what the layer gives, or is called with.
-    run : callable
-        Function of the model.
-
-    Returns
-    -------
-    result : object
-    n_changed : int
-        How many calls were changed.
-
-    Raises
-    ------
-    KeyError
-        If the model has no such layer.
-    TypeError
-        If it gives no tensor.
-    """
-    check_layers(model, [layer], "layer")
-    modules = modules_of(model)
-    name, is_input, number = Address.of(layer, modules)
-    thread, calls = get_ident(), list[bool]()
-
-    def hook(module: nn.Module, _args: object, _kwargs: object, output: Any) -> Tensor | None:
-        if get_ident() != thread or referencing():
-            return None
-        calls.append(number in (None, len(calls)))
-        if not calls[-1]:
-            return None
-        if not isinstance(output, Tensor):
-            raise InputTypeError(
-                f"layer {layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; name a "
-                "layer inside it, or after it"
-            )
-        return change(output)
-
-    with hooked_at(modules, {(name, is_input): hook}):
-        result = run(model)
-    return result, sum(calls)
 
 
 def kept_part(masks: _Masks, activation: Tensor) -> Tensor:
@@ -176,11 +121,10 @@ def _predict(attribution: CondAttribution, data: Any, layer: str, masks: _Masks,
             raise _NoRowsError
         return output - (1 - scale) * kept_part(masks, output)
 
-    def run(model: nn.Module) -> Any:
-        return attribution.select_output(model(**data) if isinstance(data, Mapping) else model(data))
-
-    prediction, n_changed = run_changed(attribution.model, layer, change, run)
-    return prediction if n_changed == 1 else None
+    model = attribution.model
+    with changed_at(model, layer, change) as calls:
+        prediction = attribution.select_output(model(**data) if isinstance(data, Mapping) else model(data))
+    return prediction if sum(calls) == 1 else None
 
 
 def _copies(data: Any, n: int) -> Any:

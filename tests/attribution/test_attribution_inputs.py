@@ -407,8 +407,8 @@ def test_graph_of_concepts():
 WRONG = {
     "other samples": ((IMAGE, TABLE[:1], IDS), {}, ValueError, r"for \[2, 1, 2\] samples; .*0 of shape \(2, 3, 6, 6\)"),
     "no batch axis": ((IMAGE, IDS, torch.tensor(1)), {}, ValueError, r"for \[2, 2, None\] samples; .*2 of shape \(\)"),
-    "array": ((IMAGE, TABLE.numpy()), {}, TypeError, "input 1 is a ndarray; inputs are tensors"),
-    "list": ({"x": [1, 2]}, {}, TypeError, "input 'x' is a list; inputs are tensors"),
+    "array": ((IMAGE, TABLE.numpy()), {}, TypeError, r"input 1 is ndarray \(torch.from_numpy .*\); inputs are tensors"),
+    "list": ({"x": [1, 2]}, {}, TypeError, r"input 'x' is list \(a tokenizer gives .*=\"pt\"\); inputs are tensors"),
     "empty": ((), {}, TypeError, "a tuple or dict with an input for each argument; it is empty"),
     "keys": ({0: IMAGE}, {}, TypeError, "names of the model's arguments as keys, not 0"),
     "no floats": ({"ids": IDS, "n": 3}, {}, TypeError, "no input is a floating.*'ids' is torch.int64, 'n' is 3"),

@@ -123,6 +123,7 @@ class Branches(nn.Module):
         ({"layers": ["4", "nine"]}, KeyError, "'nine'"),
         ({"layers": {"4": "channel"}}, TypeError, "channel"),
         ({"method": "occlusion"}, ValueError, "method 'occlusion' has no relevance of concepts"),
+        ({"method": "intgrad"}, ValueError, "method 'intgrad' has no relevance of concepts"),
         ({"method": "grad_cam"}, ValueError, "method 'grad_cam' has no relevance of concepts"),
         ({"method": "epsilonn"}, ValueError, "there is no method 'epsilonn'"),
         ({"target": 7}, IndexError, "target 7"),

@@ -46,7 +46,10 @@ def test_ids_are_a_baseline_in_place_of_their_embeddings(pad):
     assert off(of_third, (model(IDS) - model(covered))[:, 1].detach()) <= 1e-10
 
 
-@pytest.mark.parametrize(("pad", "message"), [(11, "holds the id 11"), (torch.zeros(5).long(), r"ids of shape \(5,\)")])
+@pytest.mark.parametrize(
+    ("pad", "message"),
+    [(11, "holds the id 11"), (torch.zeros(5).long(), r"shape \(5,\) for token ids of shape \(2, 6\)")],
+)
 def test_ids_that_are_no_baseline(pad, message):
     with pytest.raises((ValueError, IndexError), match=message):
         crp.explain("intgrad", seeded(Reader()), IDS, 1, baseline=pad)

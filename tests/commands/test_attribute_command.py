@@ -118,8 +118,12 @@ def test_picture_is_written(place, suffix):
             {"steps": 4, "quadrature": "middle"},
         ),
         (
-            ("--method", "occlusion", "--option", "window_shape=[4, 2]", "--option", "step=[4, 2]"),
-            {"window_shape": (4, 2), "step": (4, 2)},
+            ("--method", "occlusion", "--option", "window_shape=[1, 4, 2]", "--option", "step=[1, 4, 2]"),
+            {"window_shape": (1, 4, 2), "step": (1, 4, 2)},
+        ),
+        (
+            ("--method", "occlusion", "--option", "window_shape=4", "--option", "per_feature=true"),
+            {"window_shape": 4, "per_feature": True},
         ),
         (("--method", "epsilon", "--layer", "1"), {"layer": "1"}),
     ],
@@ -179,7 +183,7 @@ def test_occlusion_takes_windows_that_end_at_the_edge(place, monkeypatch):
     assert result.exit_code == 0 and "no window covers" not in result.output, result.output
     model = __import__("nets_of_mine").net().eval()
     options = {"window_shape": (4, 4), "step": (2, 2)}
-    expected = crp.explain("occlusion", model, seen["image"][None], 2, **options)[0].sum(0)
+    expected = crp.explain("occlusion", model, seen["image"][None], 2, **options)[0, 0]
     torch.testing.assert_close(seen["heatmap"], expected)
     assert seen["caption"] == "occlusion, windows of 4 x 4 pixels"
 
@@ -204,14 +208,36 @@ def test_pictures_that_are_not_normalised_are_told_of(place, norm, told):
     assert result.exit_code == 0 and ("pictures were not normalised" in result.output) == told
 
 
-def test_maps_of_positions_are_not_summed_over_channels(place, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "options", "caption"),
+    [
+        (
+            ("grad_cam", "--layer", "1", "--concept", 2),
+            {"layer": "1", "condition": {"1": [2]}},
+            "grad_cam through channels [2] of 1",
+        ),
+        (
+            ("occlusion", "--option", "window_shape=[4, 2]", "--option", "step=[4, 2]"),
+            {"window_shape": (4, 2), "step": (4, 2)},
+            "occlusion",
+        ),
+        (
+            ("shapley_sampling", "--option", "sampling_dims=[2, 3]", "--option", "samples=1"),
+            {"sampling_dims": (2, 3), "samples": 1},
+            "shapley_sampling",
+        ),
+    ],
+    ids=["grad_cam", "occlusion", "shapley_sampling"],
+)
+def test_maps_of_positions_are_not_summed_over_channels(place, monkeypatch, arguments, options, caption):
     seen = drawn(monkeypatch)
-    result = attribute("--method", "grad_cam", "--layer", "1", "--concept", 2, "--target", 0)
+    result = attribute("--method", *arguments, "--target", 0)
     assert result.exit_code == 0, result.output
     model = __import__("nets_of_mine").net().eval()
-    expected = crp.explain("grad_cam", model, seen["image"][None], 0, layer="1", condition={"1": [2]})
-    torch.testing.assert_close(seen["heatmap"], expected[0, 0])
-    assert seen["caption"] == "grad_cam through channels [2] of 1"
+    expected = crp.explain(arguments[0], model, seen["image"][None], 0, **options)[0]
+    assert torch.equal(expected[0], expected[2])
+    torch.testing.assert_close(seen["heatmap"], expected[0])
+    assert seen["caption"] == caption
 
 
 def test_preparation_classes_and_checkpoints(place, monkeypatch):

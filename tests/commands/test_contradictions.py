@@ -104,6 +104,15 @@ def test_options_of_pictures_are_refused_with_texts(here, words):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [("--tokenizer", "x"), ("--position", 1), ("--against", "a"), ("--scale-without-first",)],
+    ids=lambda words: words[0],
+)
+def test_options_of_texts_are_refused_with_pictures(here, words):
+    assert "give pictures, or --text, of which --tokenizer, --position, " in told(attribute(*words))
+
+
+@pytest.mark.parametrize(
     ("model", "message"),
     [
         ("double", "Returning computes in torch.float64, and samples are torch.float32; load the model in that"),

@@ -133,11 +133,12 @@ def test_names_in_another_case_give_the_same_explanation():
 
 
 def test_a_target_is_named_and_several_pictures_are_explained(here):
-    pictures = [Path("pictures/Cat/0.png"), Path("pictures/dog/0.png"), Path("pictures/dog/1.png")]
+    pictures = [Path("pictures/Cat/0.png"), Path("pictures/dog/0.png"), Path("pictures/dog/0-0.png")]
+    pictures[2].write_bytes(Path("pictures/dog/1.png").read_bytes())
     options = ["--model", "nets12:net", "--method", "GradientXInput", "--classes", "names.txt"]
     result = crp("attribute", *pictures, *options, "--target", "SHIP", "--out", "explained")
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in Path("explained").iterdir()) == ["0-0.png", "0-1.png", "1.png"]
+    assert sorted(path.name for path in Path("explained").iterdir()) == ["0-0-2.png", "0-0.png", "0-1.png"]
     assert result.output.count("predicted ") == 3
     for target, text in (("shop", "nearest: ship"), ("x", "--target 'x' is no class")):
         assert text in crp("attribute", pictures[0], *options, "--target", target, "--out", "a.png").output

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -107,17 +108,21 @@ def test_processes_draw_at_the_same_time(mined: Path, monkeypatch: pytest.Monkey
     assert 0 < len(drawn) < len(needed), "the other process has drawn its part"
 
 
-def test_machines_draw_parts_of_a_report(mined: Path) -> None:
+def test_machines_draw_parts_of_a_report(mined: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(click, "launch", opened.append)
     for i in range(3):
         result = crp("report", mined, "--quiet", "--references", "2", "--part", f"{i}/3")
         assert (result.exit_code, result.output) == (0, f"drew part {i}/3 into {mined / 'atlas'}\n")
         assert not (mined / "atlas" / "index.html").exists()
     with rows_drawn() as drawn:
-        assert crp("report", mined, "--quiet", "--references", "2").exit_code == 0
-    assert drawn == []
+        assert crp("report", mined, "--quiet", "--references", "2", "--open").exit_code == 0
+    assert drawn == [] and opened == [(mined / "atlas" / "index.html").as_uri()]
     for options, message in (
         (["--part", "3/3"], "--part 3/3 must be I/N with I from 0 to N - 1"),
         (["--workers", "2", "--single-file"], "--workers and --part draw into a folder"),
+        (["--workers", "2", "--out", "a.html"], "and a.html is one file, for small tables"),
+        (["--workers", "2", "--part", "0/3"], "is drawn by one process, not --workers"),
     ):
         result = crp("report", mined, *options)
         assert result.exit_code == 1 and message in result.output

@@ -12,6 +12,7 @@ from command_cases import crp, place_with_module
 from PIL import Image
 
 from crp.attribution import CondAttribution
+from crp.attributors.explaining import explain
 from crp.composites import AttnLRP
 from crp.concepts import AxisConcept
 from crp.errors import LoadingError
@@ -203,8 +204,22 @@ def test_heads_classes_and_figures(here: Path) -> None:
     assert n == 4
     result = crp(*classes, "--text", "abc", "--target", "10", "--out", "d.svg")
     assert result.exit_code == 1 and "--target 10: the model has the classes 0 to " in result.output, result.output
+    for option in (["--position", "1"], ["--against", "b"]):
+        result = crp(*classes, "--text", "abc", *option, "--out", "e.svg")
+        assert result.exit_code == 1 and "--position and --against are for language models" in result.output
     own = crp(*EXPLAIN, "--layer", "transformer.h.0", "--text", "abc", "--json", "--out", "a.html")
-    assert own.exit_code == 0 and len(json.loads(own.output)["tokens"]) == 4
+    facts = json.loads(own.output)
+    import reading  # type: ignore[import-not-found]
+
+    data = {name: torch.tensor([field]) for name, field in reading.Letters()("abc").items()}
+    at = Position(3, facts["explained"]["token"])
+    wanted = explain("attn_lrp", reading.net().eval(), data, at, layer="transformer.h.0")
+    torch.testing.assert_close(
+        torch.tensor([value for _, value in facts["tokens"]]), wanted[0].sum(-1), rtol=1e-4, atol=1e-6
+    )
+    (here / "f.html").mkdir()
+    result = crp(*EXPLAIN, "--text", "abc", "--out", "f.html")
+    assert result.exit_code == 1 and "f.html" in result.output
 
 
 @pytest.mark.parametrize(
@@ -227,9 +242,11 @@ def test_heads_classes_and_figures(here: Path) -> None:
             "--option layer and --layer, or --concept, say both what is explained; give one",
         ),
         (["--text", "xyz", "--out", "a.html"], "substring not found"),
+        (["--text", "ab", "--classes", "names", "--out", "a.html"], "names 2 classes, and the model has 11 outputs"),
     ],
 )
 def test_what_cannot_be_explained(here: Path, words: list[str], message: str) -> None:
+    (here / "names").write_text("one\ntwo")
     result = crp(*EXPLAIN[:5], *(EXPLAIN[5:] if "--text" in words else []), *words)
     assert result.exit_code == 1 and message in result.output, result.output
     assert not Path("a.html").exists()

@@ -1,14 +1,16 @@
 """The report of a composite: which rule and which canonizer reached which operation, and why."""
 
 import json
+import re
 
 import pytest
 import torch
+import zennit.rules
 from core_cases import conv_net, exhibit, images, net
 from torch import nn
 from torch.nn import functional as F
 
-from crp.composites import LRP, Composite, DeepLift, EpsilonPlusFlat, Report
+from crp.composites import LRP, Composite, DeepLift, EpsilonPlus, EpsilonPlusFlat, Report
 from crp.errors import InputError, InputTypeError
 from crp.rules import Epsilon, Pass
 
@@ -153,3 +155,18 @@ def test_models_of_other_calls():
 def test_watching_needs_a_model():
     with pytest.raises(RuntimeError, match="EpsilonPlusFlat is on no model; enter its context first"):
         EpsilonPlusFlat().watching().__enter__()
+
+
+def test_rules_are_shown_by_words_where_nobody_can_write_their_name():
+    def forward(s, h):
+        h = torch.maximum(h, s.inner(h)).flatten(1)
+        weights = F.prelu(h, torch.full((1,), 0.1).to(h)).softmax(1)[:, None]
+        solved = torch.linalg.solve(torch.eye(len(h)).to(h), h)
+        return (weights @ solved[:, :, None])[:, 0] + h.var(1, keepdim=True) + h[:, :3].prod(1, keepdim=True)
+
+    model = net(lambda s, x: s.fc(forward(s, x)), inner=nn.Conv2d(3, 3, 1), fc=nn.Linear(1, 2))
+    report = of(model, EpsilonPlus(layer_map=[("fc", zennit.rules.Epsilon())]), images())
+    assert not re.search(r"\b_[A-Z]| object at ", "".join(operation.rule for operation in report.operations))
+    rules = {operation.function: operation.rule for operation in report.operations}
+    assert rules["maximum"] == rules["softmax"] == rules["prelu"] == "ordinary chain rule"
+    assert rules["matmul"] == "MatrixProduct(mode='constant')" and rules["linear"] == "zennit's Epsilon"

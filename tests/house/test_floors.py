@@ -46,38 +46,38 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 396,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3229,
+    "attributors": 3361,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
-    "audit": 2463,
+    "audit": 2460,
     "canonizers": 860,
-    "commands": 2372,
+    "commands": 2368,
     "compat": 940,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3969,
+    "composites": 3971,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2051,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6268,
+    "engine": 6354,
     "image": 1490,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
-    "layers": 1482,
+    "layers": 1506,
     "outputs": 391,
     "metrics": 962,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 7171,
+    "rules": 7411,
     # (along which axis the channels of a layer are)
     "trace": 1349,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
-    "visualization": 4870,
-    "visualization.mining": 4268,
+    "visualization": 4832,
+    "visualization.mining": 4272,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4573,
+    "visualization.report": 4570,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2682,

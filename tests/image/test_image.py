@@ -74,6 +74,8 @@ def test_range_may_be_given():
     array = np.array([[-9.0, 0.0, 1.0, 9.0]])
     assert pixels(imgify(array, cmap="gray", vmin=0, vmax=1))[0, :, 0].tolist() == [0, 0, 255, 255]
     assert pixels(imgify(array, cmap="gray", vmin=-9))[0, :, 0].tolist() == [0, 127, 141, 255]
+    for bound in ({"vmax": 2}, {"vmin": -2}):
+        assert pixels(imgify(array, cmap="gray", symmetric=True, **bound))[0, :, 0].tolist() == [0, 127, 191, 255]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool])

@@ -283,6 +283,15 @@ def test_a_target_beyond_the_outputs_is_told_of_the_first_sample(tmp_path: Path)
         run(tmp_path, Data(), targets=[3])
 
 
+def test_labels_beyond_the_outputs_are_told_with_their_sample(tmp_path: Path) -> None:
+    data = Data()
+    data.special = {index: (data[index][0], 9) for index in range(3, len(data))}
+    with pytest.raises(SampleError, match=r"^sample 3: target 9: .* the model has outputs 0 to 2"):
+        run(tmp_path, data, start=0)
+    with pytest.raises(IndexError, match=r"^sample 4, and each other of its batch: target 9: .* outputs 0 to 2"):
+        run(tmp_path / "of all", data, start=4)
+
+
 def test_a_sample_that_cannot_be_predicted_is_skipped(tmp_path: Path) -> None:
     data = Data()
     data.special = {5: OSError("gone"), 9: (torch.zeros(1, 5, 5).double(), None)}

@@ -60,6 +60,24 @@ class MarkedDirty(torch.autograd.Function):
         return grad * y * (1 - y)
 
 
+class Reversal(torch.autograd.Function):
+    """As nets that are trained against another one reverse their gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+class Itself(Reversal):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+
 def swish(x):
     return x * torch.sigmoid(x)
 
@@ -109,6 +127,8 @@ SCRIPTED, CHANGED = "script|trace|jit", "in place"
 #: Functions of a tensor (n, 6) that no rule can see, and how the message names what made their results.
 UNSEEN = {
     "custom_function": (Swish.apply, "Swish"),
+    "reversal": (Reversal.apply, "Reversal"),
+    "reversal_of_itself": (Itself.apply, "Itself"),
     "scripted_function": (jit(torch.jit.script, swish), SCRIPTED),
     "traced_function": (jit(torch.jit.trace, swish, DATA), SCRIPTED),
     "scripted_module": (jit(torch.jit.script, nn.Sequential(nn.SiLU(), nn.Tanh())), SCRIPTED),

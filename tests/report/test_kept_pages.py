@@ -110,6 +110,27 @@ def test_clusters_show_their_samples_and_what_sets_them_apart(found):
     assert text.count("<rect x=") == len(clusters.eigenvalues)
 
 
+def test_samples_of_several_classes_say_for_which_they_are_explained(tmp_path):
+    fv = make_fv(tmp_path, layers=["second"])
+    fv.run_distributed(EpsilonPlus(), 0, 12, targets="all", modes=["relevance"], progress=False)
+    table = Table.open(fv.path)
+    for target in (0, 1):
+        save_clusters(table, clusters(table, "second", target, n=2, n_neighbours=3), "second", target)
+    folder = report(fv, tmp_path / "out", n_references=1, n_negative=0, n_mean=0, n_sample_concepts=0)
+    n_told = 0
+    for target, name in enumerate(NAMES[:2]):
+        page = (folder / "clusters" / "second" / f"{target}.html").read_text()
+        for section in page.split('<section class="way">')[1:]:
+            first, *others = [
+                re.search("<h1>Why (.*)[?]", (folder / "sample" / f"{sample}.html").read_text())[1]
+                for sample in re.findall(r"\.\./sample/(\d+)\.html", section)
+            ]
+            assert re.findall("explained for ([^<]*)<", section) == [first] * (first != name)
+            assert set(others) <= {name}  # (those have no words beside them)
+            n_told += first != name
+    assert n_told
+
+
 def test_a_single_cluster_is_compared_with_no_others(tmp_path):
     fv = mined(tmp_path / "mined", Images(30))
     alone = clusters(fv.path, "second", of_class=0, n=1, n_neighbours=3)

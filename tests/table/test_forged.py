@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_cases import crp
 from safetensors import safe_open
 from safetensors.numpy import save
 from table_maker import make_table
@@ -269,6 +270,7 @@ def test_a_table_of_version_1_is_read(tmp_path: Path) -> None:
     table = Table.open(shutil.copytree(VERSION_1, tmp_path / "table"))
     assert (table.header.version, table.n_samples, table.n_rows, table.layers) == (1, 6, 6, ("1", "3"))
     assert table.header.recipe == {} and table.verify() == []
+    assert "composite" not in crp("status", tmp_path / "table").output  # (which it does not tell)
     column = table.column("1", 1)
     np.testing.assert_allclose(column.value[:3], [-0.4689105749, 0.4045882225, -0.3994423449], rtol=1e-6)
     assert column.position.tolist() == [8, 8, 7, 7, 8, 8]

@@ -148,3 +148,26 @@ def test_explanations_that_do_not_depend_on_weights_fail():
 
     checked = Constant(net()).check(images(), [{"y": 1}], EpsilonPlus())
     assert [finding.name for finding in checked.findings if finding.holds is False] == ["weights matter"]
+
+
+class Single(nn.Module):
+    """Computes in single precision, whatever is around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+
+    def forward(self, x):
+        return self.inner.float()(x.float()).double()
+
+
+@pytest.mark.parametrize("make", [UniformLRP0, EpsilonPlus], ids=["lrp_0", "plus"])
+def test_tolerances_are_those_of_the_least_precise_part(make):
+    torch.manual_seed(1)
+    model = nn.Sequential(Single(), nn.LazyLinear(4)).double()
+    data = torch.rand(3, 3, 7, 7).double()
+    model.train()(data)
+    checked = CondAttribution(model.eval()).check(data, [{"y": 1}], make())
+    assert checked.holds, str(checked)
+    by_name = {finding.name: finding for finding in checked.findings}
+    assert by_name["account"].limit == torch.finfo(torch.float32).eps ** 0.5 > by_name["account"].value > 1e-9

@@ -85,6 +85,14 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda: crp.explain("ig", nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), PICTURES, 0),
         r"'1.weight', '1.bias': no call has given these a shape; call the model once, model\(data\), first",
     ),
+    "a name in place of a model": (
+        lambda: EpsilonPlus().context("net").__enter__(),  # type: ignore[arg-type]
+        "model must be a torch.nn.Module, not str",
+    ),
+    "edges of a graph": (
+        lambda: CondAttribution(NET)((PICTURES, torch.ones(3, 9)), [{"y": 0}]),
+        "are for .2, 3. samples; .* edges of a graph, belongs to a module around the model, whose forward adds it$",
+    ),
     "data before the model": (lambda: EpsilonPlus().report(PICTURES, NET), "not Tensor; a sample comes after it"),
 }
 

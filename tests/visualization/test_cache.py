@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,14 @@ def test_precomputed_pictures_are_found(tmp_path):
         targets, _ = fv.compute_stats(2, "second", top_N=2, mean_N=3)
         fv.get_stats_reference(2, "second", targets, "relevance", (0, 2), EpsilonPlus(), True, plot_fn)
     assert calls == []
+
+
+def test_precomputing_tells_of_all_concepts_of_a_layer_at_once(tmp_path):
+    settings = {"stats": True, "top_N": 9, "plot_list": [pictures], "r_range": (0, 1)}
+    with pytest.warns(UserWarning, match="negative everywhere") as told:
+        with_cache(tmp_path).precompute_ref({"first": range(3)}, EpsilonPlus(), **settings)
+    (message,) = {str(one.message) for one in told}
+    assert len(told) == 1 and re.match(r"the relevance of [2-9] of \d+ concepts \(.* of layer 'first' is", message)
 
 
 def test_precomputing_leaves_classes_out_unless_asked_for(tmp_path):

@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlus
 
+from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept, Concept, ConceptScores
+from crp.errors import InputTypeError
 from crp.helper import export, load_maximization, load_statistics
 from crp.maximization import Maximization
 from crp.visualization import FeatureVisualization
@@ -460,6 +462,18 @@ def test_a_table_of_something_else_is_refused_unless_asked_for(tmp_path, what):
     with pytest.raises(ValueError, match=what):
         make_fv(tmp_path, **keywords).compute_stats(0, "first")
     assert len(make_fv(tmp_path, check=False, **keywords).get_max_reference(0, "first")[0]) == 8
+
+
+def test_statistics_are_read_without_a_dataset_where_it_is_not_compared(tmp_path):
+    known = mined(tmp_path).compute_stats(1, "first", top_N=1)
+    fv = FeatureVisualization(CondAttribution(make_net()), None, LAYERS, path=tmp_path / "fv")
+    with pytest.raises(InputTypeError, match=r"the dataset is None: .* or check=False to read statistics"):
+        fv.compute_stats(1, "first")
+    fv = FeatureVisualization(CondAttribution(make_net()), None, LAYERS, path=tmp_path / "fv", check=False)
+    targets, values = fv.compute_stats(1, "first", top_N=1)
+    assert targets.shape == values.shape == (1,) and (targets, values) == known
+    with pytest.raises(InputTypeError, match="the dataset is None: it has samples to show"):
+        fv.get_max_reference(1, "first")
 
 
 def test_weights_that_change_in_place_are_noticed(tmp_path):

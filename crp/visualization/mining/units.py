@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crp.engine.backward import lacks_memory
-from crp.errors import ConceptError
+from crp.errors import ConceptError, OutOfRangeError
 from crp.notices import warn
 from crp.visualization.mining.datasets import Problem
 from crp.visualization.mining.job import Job
@@ -119,7 +119,11 @@ class Units:
         failures.sort(key=operator.itemgetter(0, 1))
         n_causes = n_items_of(self._job.dataset, [indices[place] for place, _, _ in failures])
         if not parts and not self.works and n_causes > 1:
-            raise failures[0][2]  # nothing ever worked: it is not about one sample
+            place, target, failure = failures[0]
+            if type(failure) is not OutOfRangeError:
+                raise failure  # nothing ever worked: it is not about one sample
+            reason = Problem.of(failure, f"target {target}: ").reason
+            raise OutOfRangeError(f"sample {indices[place]}, and each other of its batch: {reason}") from failure
         if reasons and not failures:
             warn(f"{reasons[0]} and were attributed in parts; lower batch_size")
         for place, target, failure in failures:

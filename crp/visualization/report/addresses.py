@@ -10,6 +10,8 @@ from pathlib import Path
 #: Folder of the heatmaps.
 HEATMAPS = "maps"
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
+#: Names that Windows keeps for devices, also before a dot.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 #: Longest name of a folder; hostile names may have any length.
 _LONGEST = 60
 
@@ -21,6 +23,8 @@ def slug(name: str) -> str:
     'layer4.2.relu'
     """
     safe = _UNSAFE.sub("-", name).strip(".-")[:_LONGEST]
+    if _DEVICES.match(safe):
+        safe = f"x-{safe}"
     if safe == name and safe.lower() == name and safe:
         return safe
     return f"{safe or 'x'}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"

@@ -154,9 +154,9 @@ class Drawer(ABC):
         ``at`` is where the concept is strongest.
         """
 
-    @abstractmethod
     def whole(self, address: str, place: int, alt: str) -> AnyShown:
-        """The same, as it is on the page of its sample."""
+        """The same, as it is on the page of its sample: a picture is always shown as a whole."""
+        return self.tile(address, place, alt)
 
     @abstractmethod
     def apart(self, address: str, place: int, alt: str) -> AnyShown:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from crp.image.colours import resized
 from crp.image.forms import draw_masked
+from crp.image.pixels import to_data_uri
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.maps import crop_of, encode_maps, square_map
 from crp.visualization.report.picture_drawing import picture_file
@@ -177,9 +176,7 @@ def _thumbnail(image: Tensor, heatmap: Tensor | None) -> str:
         return ""
     drawn = draw_masked(image, heatmap.detach().cpu().double())
     drawn.thumbnail((_NODE_SIDE, _NODE_SIDE))
-    buffer = io.BytesIO()
-    drawn.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return to_data_uri(drawn)
 
 
 def _shares(heatmap: Tensor, shape: tuple[int, int]) -> Array:

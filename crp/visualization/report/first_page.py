@@ -22,7 +22,8 @@ SUSPECTS, PICTURED = 7, 60
 def first_page(atlas: Atlas, table: Table, composite: str, mark: str, kept: Sequence[dict[str, Any]]) -> None:
     """Render the overview; ``kept`` are links to what is kept beside the table."""
     coverage = table.coverage()
-    seen = table.n_samples - sum(stop - start for start, stop in coverage.missing)
+    n_missing = sum(stop - start for start, stop in coverage.missing)
+    seen = table.n_samples - n_missing - len(coverage.skipped)
     word = atlas.drawer.sample_word
     n_concepts = sum(one.n_concepts for one in atlas.facts.values())
     layers = []
@@ -48,7 +49,7 @@ def first_page(atlas: Atlas, table: Table, composite: str, mark: str, kept: Sequ
             counted(n_concepts, "concept").split(" "),
             (f"{seen} of {table.n_samples}", f"{word}s looked at"),
         ],
-        "notes": _notes(atlas, table, seen) + _other_composite(table, composite, mark),
+        "notes": _notes(atlas, table, n_missing) + _other_composite(table, composite, mark),
         "suspects": _suspects(atlas),
         "suspects_lead": atlas.drawer.suspects_in_short,
         "class_word": atlas.drawer.class_word.capitalize(),
@@ -76,13 +77,13 @@ def first_page(atlas: Atlas, table: Table, composite: str, mark: str, kept: Sequ
     atlas.renderer.page("index.html", "index.html", atlas.options.title, page=page)
 
 
-def _notes(atlas: Atlas, table: Table, seen: int) -> list[str]:
+def _notes(atlas: Atlas, table: Table, n_missing: int) -> list[str]:
     """What is to be said of the table as a whole."""
     notes = []
     if missing := table.coverage().missing:
         ranges = first_few([f"{start} to {stop - 1}" for start, stop in missing], 20, "ranges")
         n, word = table.n_samples, atlas.drawer.sample_word
-        notes.append(f"{n - seen} of {n} {word}s were not mined yet: {ranges}.")
+        notes.append(f"{n_missing} of {n} {word}s were not mined yet: {ranges}.")
     if any(mark.startswith("(") for mark in table.header.probes.values()):
         notes.append("The data differs from reading to reading: what is shown is not exactly what was mined.")
     if table.header.recipe.get("mixed_shapes") and atlas.drawer.pictures:

@@ -53,13 +53,13 @@ def _prototypes(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         for target in part:
             ways = [
                 {
-                    "here": _sample(atlas, way["sample"]),
+                    "here": _sample(atlas, way["sample"], target),
                     "label": f"Prototype {way['number']}",
                     "note": f"{percent(way['weight'])} of the samples",
                     "concepts": _chips(atlas, kept.layer, [(c, percent(share)) for c, share in way["concepts"]]),
                     "more": _chips(atlas, kept.layer, [(c, f"{100 * more:+.1f}") for c, more in way["more"]]),
                     "than": "the class as a whole",
-                    "others": _samples(atlas, way["members"][: atlas.kept.beside]),
+                    "others": _samples(atlas, way["members"][: atlas.kept.beside], target),
                 }
                 for way in ways_of(kept, target)
             ]
@@ -94,13 +94,13 @@ def _audit(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         ]
         rows.append(
             {
-                "here": _sample(atlas, sample),
+                "here": _sample(atlas, sample, target),
                 "name": atlas.sample_names.get(sample, f"sample {sample}"),
                 "class_name": atlas.class_name(target),
                 "class_href": Addresses.label(target),
                 "percentile": f"{columns['percentile'][i]:.1f}",
                 "prototype": columns["prototype"][i],
-                "nearest": _sample(atlas, columns["nearest"][i]),
+                "nearest": _samples(atlas, [columns["nearest"][i]], target),
                 "over": uses[0],
                 "under": uses[1],
             }
@@ -119,13 +119,13 @@ def _clusters(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:
         more = _chips(atlas, kept.layer, [(c, f"{d:+.3f}") for c, d in concepts[:FEW]])
         groups.append(
             {
-                "here": _sample(atlas, members[0]) if members else None,
+                "here": _sample(atlas, members[0], target) if members else None,
                 "label": f"Cluster {i}",
                 "note": counted(size, "sample"),
                 "concepts": more if len(sizes) == 1 else [],
                 "more": more if len(sizes) > 1 else [],
                 "than": "other samples",
-                "others": _samples(atlas, members[1 : 1 + atlas.kept.beside]),
+                "others": _samples(atlas, members[1 : 1 + atlas.kept.beside], target),
                 "colour": i % _COLOURS,
             }
         )
@@ -252,12 +252,19 @@ def _link(atlas: Atlas, kept: KeptResult, note: str, name: str = "") -> dict[str
     return {"name": name or kept.kind.capitalize(), "layer": kept.layer, "href": href, "note": note}
 
 
-def _sample(atlas: Atlas, sample: int) -> AnyShown | None:
-    return atlas.whole(sample) if sample in atlas.sample_rows else None
+def _sample(atlas: Atlas, sample: int, target: int) -> AnyShown | None:
+    """Tile of a sample, which says so where it is explained for another class than the one that it is shown for."""
+    explained_for = atlas.sample_rows.get(sample)
+    tile = None if explained_for is None else atlas.whole(sample)
+    if tile is None or explained_for in (None, target):
+        return tile
+    return tile._replace(lines=[*tile.lines, (f"explained for {atlas.class_name(explained_for)}", "")])
 
 
-def _samples(atlas: Atlas, samples: Iterable[int]) -> list[AnyShown]:
-    return [tile for tile in (_sample(atlas, one) for one in samples) if tile is not None]
+def _samples(atlas: Atlas, samples: Iterable[int], target: int) -> list[AnyShown]:
+    """Tiles of the samples that are explained for a class; they stand without words."""
+    tiles = (atlas.whole(one) for one in samples if atlas.sample_rows.get(one) == target)
+    return [tile for tile in tiles if tile is not None]
 
 
 def _chips(atlas: Atlas, layer: str, concepts: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:

@@ -150,10 +150,6 @@ class PictureDrawer(Drawer):
         cells = len(known) + (len(known) - 1 if rows[0].layer is None else 0)
         return Shown(self.picture(rows[place].sample), address, place, cells, "", "", [], alt, known[place].crop)
 
-    def whole(self, address: str, place: int, alt: str) -> Shown:
-        """The same: a picture is always shown as a whole."""
-        return self.tile(address, place, alt)
-
     def apart(self, address: str, place: int, alt: str) -> Shown:
         """What sets a concept apart, in the picture."""
         one = self.tile(address, place, alt)

@@ -94,10 +94,6 @@ class Renderer:
         """Address of a page or file, as the page that is being rendered links to it."""
         return relative(address, self._address)
 
-    def from_first(self, address: str) -> str:
-        """The same, from the first page."""
-        return address
-
     def _frame(self, title: str, body: str, style: str, policy: str, script: str = "") -> str:
         return self._environment.get_template("frame.html").render(
             title=title,
@@ -199,10 +195,6 @@ class SingleRenderer(Renderer):
 
     def link(self, address: str) -> str:
         """Address of a page within the file."""
-        return "#" + address
-
-    def from_first(self, address: str) -> str:
-        """The same, from the first page."""
         return "#" + address
 
     def _source(self, address: str, classes: str = "") -> Markup:

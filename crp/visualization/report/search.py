@@ -33,7 +33,7 @@ def write_search(
     concept_names, meanings : mapping of (layer, concept) to str
         What concepts are called, and what is found to describe them.
     """
-    to = renderer.from_first
+    to = ("#{}" if renderer.single else "{}").format  # (the page is beside the first one)
     index = {
         "layers": [
             [
