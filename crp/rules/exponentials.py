@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from crp.errors import InputError
+from crp.layers.devices import can_be_read
 from crp.rules.functions import look_up
 from crp.rules.layer import Layer, changed
 from crp.rules.notes import Notes
@@ -65,6 +67,10 @@ class _OfExponentials:
         What it is a copy of.
     is_chained : bool
         Whether rules give way to the ordinary chain rule, as a softmax is made of a copy of it.
+    is_passed : bool
+        Whether another copy is made of its copy, from which flows what is not counted there.
+    arrived : Tensor or None
+        What has arrived at such a copy from softmaxes, in a backward pass.
     """
 
     function: Callable[..., Tensor]
@@ -81,6 +87,8 @@ class _OfExponentials:
     is_copied: bool = False
     original: _OfExponentials | None = None
     is_chained: bool = False
+    is_passed: bool = False
+    arrived: Tensor | None = None
     versions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -161,7 +169,41 @@ def _softmax(output: Tensor) -> _OfExponentials:
 def _copy(made: _OfExponentials, output: Tensor) -> _OfExponentials:
     """What is remembered of a copy, through which relevance flows."""
     alone: dict[str, Any] = {"args": [output], "kwargs": {}, "below": {}, "leaves": [output]}
+    for one in made.calls():
+        if one.original is not None:
+            one.original.is_passed = True
+    if output.requires_grad:
+        output.register_hook(partial(_check_flow, made))  # type: ignore[no-untyped-call]
     return replace(made, function=_itself, **alone, original=made, is_copied=True)
+
+
+class _Arriving(torch.autograd.Function):
+    """A copy of exponentials, as a softmax reads it: what arrives there is counted."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, made: _OfExponentials) -> Tensor:
+        """Return another view of the copy of what was ``made``."""
+        ctx.made = made
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Count, and hand on."""
+        ctx.made.arrived = grads[0] if ctx.made.arrived is None else ctx.made.arrived + grads[0]
+        return grads[0], None
+
+
+def _check_flow(made: _OfExponentials, total: Tensor) -> None:
+    """Refuse a copy of exponentials through which more flows than to a softmax, where rules have given way."""
+    arrived, made.arrived = made.arrived, None
+    if not made.is_chained or made.is_passed or not can_be_read(total):
+        return
+    others = total if arrived is None else total - arrived
+    if bool(others.abs().amax() > 1e-4 * total.abs().amax()):
+        raise InputError(
+            "exponentials are divided by their sum, and something else reads them, too: what flows through a layer "
+            "that is named in between, or through a copy, cannot be told apart. Name a layer before, or behind"
+        )
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -311,6 +311,29 @@ def test_layers_inside_attention_change_nothing(attend, kind):
         assert (recorded.relevances[layer].abs().max() == 0) == is_held
 
 
+def test_several_layers_inside_a_softmax_are_recorded_together():
+    model = tapped(
+        lambda s, x: s.head(of_sums(s, s.q(x), s.k(x), s.v(x))).mean(1), **{n: nn.Linear(6, 6) for n in "qkv"}
+    )
+    attribution = CondAttribution(model)
+    together = attribution(DATA, [{"y": 1}], AttnLRP(), record_layer=list("abc"))
+    for layer in "abc":
+        alone = attribution(DATA, [{"y": 1}], AttnLRP(), record_layer=[layer])
+        assert off(together.relevances[layer], alone.relevances[layer]) <= 1e-12
+    assert off(together.heatmap, alone.heatmap) <= 1e-12
+
+
+def test_a_layer_whose_exponentials_have_other_readers_beside_a_softmax_is_refused():
+    def wiring(s, x):
+        e = s.a(s.scores(x).exp())
+        return s.head(e / e.sum(-1, keepdim=True) * x) + s.other(e)
+
+    model = tapped(wiring, scores=nn.Linear(6, 6), other=nn.Linear(6, 3))
+    CondAttribution(model)(numbers(3, 6), [{"y": 1}], AttnLRP())
+    with pytest.raises(InputError, match="cannot be told apart"):
+        CondAttribution(model)(numbers(3, 6), [{"y": 1}], AttnLRP(), record_layer=["a"])
+
+
 def test_a_layer_between_values_that_are_weighted_entry_by_entry_and_their_sum_is_refused():
     def wiring(s, x):
         e = s.scores(x).exp()
