@@ -33,6 +33,7 @@ from crp.rules.products import (
     SoftmaxDifference,
     TakenApart,
 )
+from crp.rules.written_out import WRITTEN_OUT
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
 
@@ -110,6 +111,7 @@ class DeepLift(Composite):
             (Having.of("rescaled"), elementwise),
             (Having.of("maximum"), MaxPool()),
             (Functions(("batch_norm",)), BatchNorm()),
+            (Kind("product"), ProductDifference()),
             (Having.of("bilinear"), ProductDifference()),
             (Having.of("quotient"), QuotientDifference()),
             (Having.of("statistics"), NormalizationDifference()),
@@ -117,6 +119,7 @@ class DeepLift(Composite):
             (Functions(("glu",)), GLUDifference()),
             (Having.of("selection"), SelectionDifference()),
             (Functions(("scaled_dot_product_attention",)), TakenApart()),
+            *((Functions((name,)), TakenApart(written)) for name, written in WRITTEN_OUT.items()),
         ]
         if variant == "reveal_cancel":
             rules = [(Kind("convolution"), Affine()), (Kind("dense"), Affine()), *rules]
@@ -213,6 +216,14 @@ class DeepLift(Composite):
             return
         self._samples = None
         outside, self._attachment.outside = self._attachment.outside, {}
+        differing, self._attachment.differing = self._attachment.differing, {}
+        if output is not None and differing:
+            warn(
+                f"DeepLift finds other constants than for the reference in {', '.join(differing)}: they depend on the "
+                "data by a mask, an index, or other numbers through which no relevance flows. What they are worth is "
+                "no input's, so that relevance need not sum to the output's difference. Choose a reference, such as a "
+                "function of the data, for which they are the same"
+            )
         if output is None or not outside:
             return
         message = f"outside DeepLIFT's rules: {', '.join(outside)}; differences are split evenly among factors there"

@@ -21,6 +21,7 @@ from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind, Types
 from crp.notices import warn
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
+from crp.rules.activations import _Softplus
 from crp.rules.attention import Attention, DotProductAttention, MatrixProduct, _check_attention, _ConstantWeights
 from crp.rules.functional import GLU, Gate, Gates, Normalization, Quotient
 from crp.rules.functions import Function
@@ -64,6 +65,7 @@ def _base(
         ]
     return [
         (Having.of("identity"), Pass()),
+        (Functions(("logaddexp", "logaddexp2")), _Softplus()),
         (Functions(("mul",)), Gate(gates, attention)),
         (Having.of("quotient"), Quotient()),
         (Having.of("statistics"), Normalization(zero_params)),

@@ -12,13 +12,14 @@ from torch.overrides import _get_current_function_mode
 from crp.composites.activations import _one_activation
 from crp.composites.matching import Matching, SeenOperation
 from crp.composites.places import Places
-from crp.composites.references import ReferenceCalls
+from crp.composites.references import _ReferenceCalls
 from crp.composites.selection import MapEntry
 from crp.errors import InputTypeError, StateError
 from crp.layers import on_reference
 from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
+from crp.rules.deeplift import Differences
 from crp.rules.functions import AFFINE, Function, activation
 from crp.rules.layer import Layer, _in_words, changed
 from crp.rules.mode import Choice, SeeingMode, innermost_module
@@ -79,7 +80,7 @@ class Operations(SeeingMode):
         self._wholes: list[_Whole | None] = []
         self._is_running = False
         self.places = Places(model)
-        self.references = ReferenceCalls()
+        self.references = _ReferenceCalls()
         self._untreated: dict[str, None] = {}
 
     # --- rules ------------------------------------------------------------------------------------------------------
@@ -126,6 +127,8 @@ class Operations(SeeingMode):
         account = account if self.attachment.keeps_constants else None
         if self.matching.is_counting:
             return op.run()
+        if self.references.is_on and self.references.differ(op) and isinstance(self.attachment, Differences):
+            self.attachment.differing[_in_words(op.known.name, self.innermost())] = None
         if choice.is_method and account is None and self.seen is None:
             return self._read_by(op) if self.attachment.rectifiable else op.function(*op.args, **op.kwargs)
         self._note_reading(op.inputs)

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from crp.errors import StateError
 from crp.layers.interrupts import atomic
+from crp.rules.deeplift import _same
 from crp.rules.layer import Layer, changed
+from crp.rules.operation import Operation
+from crp.trace.recorder import tensors_in
 
 
-class ReferenceCalls:
+class _ReferenceCalls:
     """Calls that have a rule, in the order in which the model's pass on the data will meet them.
 
     Attributes
     ----------
     is_recording : bool
         Whether the model runs on the reference now.
+    is_on : bool
+        Whether it does, or has, and constants are to be compared.
     """
 
     def __init__(self) -> None:
-        self.is_recording = False
+        self.is_recording = self.is_on = False
         self._calls: list[Layer] = []
+        self._constants: list[tuple[str, list[Tensor | float], list[int]]] = []
 
     @atomic
     def recording(self) -> Iterator[None]:
         """Context in which the model runs on the reference; nothing is kept if it fails."""
         self.clear()
-        self.is_recording = True
+        self.is_recording = self.is_on = True
         try:
             yield
         except BaseException:
@@ -63,14 +69,40 @@ class ReferenceCalls:
             "values, so that they cannot be compared"
         )
 
+    def differ(self, op: Operation) -> bool:
+        """Whether a call without a rule reads other constants than it did for the reference."""
+        read = op.args[:1] if op.known.reads_first else (op.args, op.kwargs)
+        constants: list[Tensor | float] = [value for value in op.args if isinstance(value, float)]
+        constants += [t for t in tensors_in(read) if not op.depends(t) and not isinstance(t, nn.Parameter)]
+        if not constants:
+            return False
+        name, versions = op.known.name, [getattr(value, "_version", 0) for value in constants]
+        if self.is_recording:
+            if op.overwrites:
+                constants = [value.clone() if isinstance(value, Tensor) else value for value in constants]
+                versions = [0] * len(constants)
+            self._constants.append((name, constants, versions))
+            return False
+        if not self._constants:
+            return True
+        of_reference, others, versions = self._constants.pop(0)
+        return name != of_reference or not all(map(_is_same, constants, others, versions))
+
     def is_used(self) -> bool:
         """Whether calls on a reference are kept."""
         return bool(self._calls)
 
     def clear(self) -> list[Layer]:
         """Forget all calls; those that are left."""
-        left, self._calls = self._calls, []
+        left, self._calls, self._constants, self.is_on = self._calls, [], [], False
         return left
+
+
+def _is_same(value: Tensor | float, value0: Tensor | float, version: int) -> bool:
+    """Whether a constant has not changed, as far as that can be known."""
+    if not isinstance(value, Tensor) or not isinstance(value0, Tensor):
+        return isinstance(value, float) and value == value0
+    return value.shape != value0.shape or value0._version != version or _same(value, value0)
 
 
 def _comparable(shape: tuple[int, ...], of_reference: tuple[int, ...]) -> bool:

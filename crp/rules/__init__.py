@@ -3,6 +3,7 @@
 from crp.rules.activations import Pass
 from crp.rules.attention import DotProductAttention, MatrixProduct
 from crp.rules.base import Rule
+from crp.rules.constant import Constant
 from crp.rules.deeplift import MaxPool, Rescale, RevealCancel
 from crp.rules.excitation import ContrastiveExcitation, Excitation
 from crp.rules.from_zennit import lift
@@ -22,6 +23,7 @@ __all__ = [
     "GLU",
     "LRP0",
     "AlphaBeta",
+    "Constant",
     "ContrastiveExcitation",
     "DeconvReLU",
     "DotProductAttention",

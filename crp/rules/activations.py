@@ -18,6 +18,7 @@ from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
+from crp.rules.shared import _Proportional
 from crp.rules.terms import Term
 
 #: Largest absolute value of an input that counts as 0 for `Pass`.
@@ -109,6 +110,18 @@ class Pass(Rule):
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """Activations and normalizations, and what a module without parts is."""
         return kind in ("activation", "normalization") or (alone and super().treats(known, kind, alone))
+
+
+class _Softplus(Pass):
+    """Logarithms of a sum of two exponentials: activations, where one of both is constant; else the chain rule."""
+
+    shares = True
+
+    def operate(self, layer: Layer) -> Any:
+        """Return the logarithm, with this rule as its gradient."""
+        if len(layer.inputs) == 1:
+            return super().operate(layer)
+        return _Proportional().attach(cast(Attachment, self.attachment)).operate(layer)
 
 
 class _Activation(Linearized):

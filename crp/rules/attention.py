@@ -29,7 +29,7 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.rules.base import Rule
-from crp.rules.exponentials import _LOGARITHMS, _exponential, _OfExponentials, _softmax
+from crp.rules.exponentials import _LOGARITHMS, _Arriving, _exponential, _OfExponentials, _softmax
 from crp.rules.functions import Function, _parameters_of, look_up
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.notes import Born
@@ -66,9 +66,13 @@ def _by_chain_rule(rule: Rule, layer: Layer) -> Tensor | None:
         return None
     leaves, parts = [], list[Part]()
     for one in made.calls():
-        leaves += one.leaves
+        copied = one.original
+        leaves += one.leaves if copied is None else [cast(Tensor, _Arriving.apply(*one.leaves, copied))]
         of_values = 1.0 if made.share is None else 1 - made.share
-        parts += [1 - of_values if one.below == {} and made.is_weighting else of_values] * len(one.leaves)
+        is_exponent = made.is_weighting and not one.below
+        part = 1.0 if copied is not None and one.is_weighting else 1 - of_values if is_exponent else of_values
+        parts += [part] * len(one.leaves)
+    made.chain()
     again = Layer(made.again, leaves, {}, tuple(leaves), look_up(torch.softmax), place=layer.place)
     chain = _Chain(parts).attach(rule.attachment).operate(again)
     is_logarithm = layer.known.canonical in _LOGARITHMS

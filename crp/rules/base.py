@@ -111,7 +111,7 @@ class Rule(_Stabilized, Hook):  # type: ignore[misc]
     adds_up = False  #: whether the output is the sum of the terms, so that the operation itself need not be run
     #: Whether the rule takes weights apart, and so treats sums of weighted inputs only.
     needs_weight: ClassVar[bool] = False
-    written_out: ClassVar[Callable[..., Any] | None] = None  #: run in place of a call; what it calls has rules
+    written_out: Callable[..., Any] | None = None  #: run in place of a call; what it calls has rules
     settings: ClassVar[tuple[str, ...]] = ("stabilizer", "zero_params")  #: attributes that `__repr__` shows
 
     def __init__(

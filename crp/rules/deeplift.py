@@ -39,16 +39,20 @@ class Differences(Attachment):
     ----------
     outside : dict of str to bool
         Operations for which the method has no rule, and whether their treatment keeps summation-to-delta.
+    differing : dict of str to None
+        Operations that read other constants than for the reference.
     """
 
     keeps_constants: ClassVar[bool] = False  # (they cancel out in differences)
 
     outside: dict[str, bool] = field(default_factory=dict)
+    differing: dict[str, None] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Forget past forward passes."""
         super().clear()
         self.outside.clear()
+        self.differing.clear()
 
 
 class Difference(Rule):

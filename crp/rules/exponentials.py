@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from crp.errors import InputError
+from crp.layers.devices import can_be_read
+from crp.rules.functions import look_up
 from crp.rules.layer import Layer, changed
 from crp.rules.notes import Notes
 from crp.rules.operands import _is_parameter
@@ -59,6 +63,14 @@ class _OfExponentials:
         The exponent, where numbers were added at most.
     is_copied : bool
         Whether it was copied since, as a layer's output is through which relevance shall flow.
+    original : _OfExponentials or None
+        What it is a copy of.
+    is_chained : bool
+        Whether rules give way to the ordinary chain rule, as a softmax is made of a copy of it.
+    is_passed : bool
+        Whether another copy is made of its copy, from which flows what is not counted there.
+    arrived : Tensor or None
+        What has arrived at such a copy from softmaxes, in a backward pass.
     """
 
     function: Callable[..., Tensor]
@@ -73,6 +85,10 @@ class _OfExponentials:
     share: float | None = None
     source: Tensor | None = None
     is_copied: bool = False
+    original: _OfExponentials | None = None
+    is_chained: bool = False
+    is_passed: bool = False
+    arrived: Tensor | None = None
     versions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -104,6 +120,26 @@ class _OfExponentials:
             results[made] = made.function(*args, **kwargs)
         return results[self]
 
+    def chain(self) -> None:
+        """Let rules give way to the chain rule in what copies are of, but for products of matrices, which share alike.
+
+        Raises
+        ------
+        ValueError
+            If a product of entries is among them, which may share otherwise than attention does.
+        """
+        todo = [made.original for made in self.calls() if made.original is not None]
+        for made in todo:
+            is_product = made.is_weighting and len(made.leaves) + len(made.below) > 1
+            if is_product and look_up(made.function).canonical == "mul":
+                raise InputError(
+                    "exponentials weight values entry by entry, and are divided by their sum: all of it is one "
+                    "function, and no relevance flows through what is named as a layer, or copied, in between. Name "
+                    "a layer before, or behind"
+                )
+            made.is_chained = not is_product
+            todo += [*made.below.values(), *([made.original] if made.original is not None else [])]
+
     def is_unchanged(self) -> bool:
         """Whether nothing that it reads was changed in place since."""
         return all(made.versions == made._versions() for made in self.calls())
@@ -127,7 +163,51 @@ def _exponential(layer: Layer) -> _OfExponentials | None:
 
 def _softmax(output: Tensor) -> _OfExponentials:
     """What is remembered of a softmax, or its copy."""
-    return _OfExponentials(lambda output: output, [output], {}, {}, [output], is_quotient=True)
+    return _OfExponentials(_itself, [output], {}, {}, [output], is_quotient=True)
+
+
+def _copy(made: _OfExponentials, output: Tensor) -> _OfExponentials:
+    """What is remembered of a copy, through which relevance flows."""
+    alone: dict[str, Any] = {"args": [output], "kwargs": {}, "below": {}, "leaves": [output]}
+    for one in made.calls():
+        if one.original is not None:
+            one.original.is_passed = True
+    if output.requires_grad:
+        output.register_hook(partial(_check_flow, made))  # type: ignore[no-untyped-call]
+    return replace(made, function=_itself, **alone, original=made, is_copied=True)
+
+
+class _Arriving(torch.autograd.Function):
+    """A copy of exponentials, as a softmax reads it: what arrives there is counted."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, made: _OfExponentials) -> Tensor:
+        """Return another view of the copy of what was ``made``."""
+        ctx.made = made
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Count, and hand on."""
+        ctx.made.arrived = grads[0] if ctx.made.arrived is None else ctx.made.arrived + grads[0]
+        return grads[0], None
+
+
+def _check_flow(made: _OfExponentials, total: Tensor) -> None:
+    """Refuse a copy of exponentials through which more flows than to a softmax, where rules have given way."""
+    arrived, made.arrived = made.arrived, None
+    if not made.is_chained or made.is_passed or not can_be_read(total):
+        return
+    others = total if arrived is None else total - arrived
+    if bool(others.abs().amax() > 1e-4 * total.abs().amax()):
+        raise InputError(
+            "exponentials are divided by their sum, and something else reads them, too: what flows through a layer "
+            "that is named in between, or through a copy, cannot be told apart. Name a layer before, or behind"
+        )
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
@@ -142,7 +222,7 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
         return None
     if (leaves and not is_product) or (is_weighed and not _only_weighs(op, read)):
         return None
-    if leaves and any(map(_is_of_softmax, read)):  # (what is attended to is divided by a norm at most)
+    if leaves and any(made.is_quotient and not made.below for made in read):  # (a softmax is not divided by its sum)
         return None
     is_inverse, divisor = {made.is_inverse for made in read}, _divisor(op, below)
     if divisor is None and (len(is_inverse) > 1 or (name == "div" and len(read) > 1)):
@@ -191,7 +271,8 @@ def _divisor(op: Operation, below: Mapping[int, _OfExponentials]) -> _OfExponent
     if len(read) != 2 or name not in ("div", "mul") or (name == "mul" and read[0].is_inverse == read[1].is_inverse):
         return None
     divisor = read[1] if name == "div" or read[1].is_inverse else read[0]
-    return divisor if divisor.is_summed else None
+    is_norm = divisor.is_weighting and any(made.is_quotient for made in divisor.calls())  # (of what was attended to)
+    return divisor if divisor.is_summed and not is_norm else None
 
 
 def _only_weighs(op: Operation, read: Sequence[_OfExponentials]) -> bool:
@@ -201,4 +282,4 @@ def _only_weighs(op: Operation, read: Sequence[_OfExponentials]) -> bool:
 
 
 def _exponents(read: Sequence[_OfExponentials]) -> list[Tensor]:
-    return [leaf for made in read for one in made.calls() for leaf in one.leaves if one.source is leaf]
+    return [one.source for made in read for one in made.calls() if one.source is not None and not one.below]

@@ -22,6 +22,7 @@ from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
 from crp.rules.notes import Born
+from crp.rules.redirect import _acting
 from crp.rules.shared import Part, Parts, _Shared
 
 #: Whether a product's gate is held constant ("signal") or takes half of the relevance ("split").
@@ -77,7 +78,7 @@ class Gate(_Shared):
         if held is None:
             source = self._made_of(layer)
             return super().operate(layer) if source is None else _Activation(source, self.attachment).operate(layer)
-        return _SignalTimesGate.apply(*layer.inputs, held, layer.function, self.is_active)
+        return _SignalTimesGate.apply(*layer.inputs, held, layer.function, _acting(self.is_active, layer))
 
     def _is_plain(self, layer: Layer) -> bool:
         """Whether a call is a product of two different real tensors, and nothing is accounted for."""

@@ -64,8 +64,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     # --- sums of weighted inputs ---
     ("convolution", "linear constant", "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
     ("convolution", "linear constant", "convolution"),
-    ("dense", "linear constant", "linear addmm sparse_addmm"),
-    ("dense", "constant", "addbmm addmv baddbmm"),
+    ("dense", "linear constant", "linear addbmm addmm addmv baddbmm sparse_addmm"),
     ("dense", "homogeneous bilinear", "einsum matmul rmatmul mm mv"),
     ("dense", "bilinear", "bilinear bmm dot grouped_mm inner tensordot"),
     ("dense", "homogeneous", "sparse_mm vdot"),
@@ -101,7 +100,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("activation", "balanced identity rescaled elementwise gating", "erf tanh"),
     ("activation", "balanced identity rescaled elementwise", "atan softsign"),
     ("activation", "identity rescaled elementwise gating", "rpow"),
-    ("activation", "rescaled elementwise", "frac logit sinc"),
+    ("activation", "rescaled elementwise", "frac logaddexp logaddexp2 logit sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),
     ("", "homogeneous rescaled elementwise nonnegative", "abs"),

@@ -79,6 +79,8 @@ class Flat(LRPRule):
         """Number of inputs in reach; one convolution of one channel serves where all channels read the same."""
         operands = layer.operands
         assert operands is not None
+        if not operands.space and layer.copied is not None:
+            _check_distinct(layer.inputs[0], layer.copied.inputs(), layer)
         channels = -operands.space - 1
         if not operands.convolves or a.shape[channels] != operands.weight.shape[1]:  # (several groups of channels)
             return [Term(self.surrogate(layer, a), sign=1)]
@@ -193,6 +195,16 @@ class ZBox(LRPRule):
             margin = _ROUNDING * (high - low)  # (black pixels have the bound itself, but for rounding)
             _check_between(value.detach(), (above < -margin) | (below > margin))
         return layer(a * above, positive, bias=False) + layer(a * below, negative, bias=False)
+
+
+def _check_distinct(a: Tensor, inputs: Sequence[Tensor], layer: Layer) -> None:
+    """Warn where all that a sample consists of is read by every output of a dense layer."""
+    of_each = [tensor.numel() // max(len(tensor), 1) for tensor in inputs]
+    if a.dim() == 2 and a.shape[1] == sum(of_each) > 1 and all(len(tensor) == len(a) for tensor in inputs):
+        warn(
+            f"Flat gives all {a.shape[1]} inputs of {layer} the same relevance, as each of its outputs reads all of "
+            "them. Give dense layers another rule, as in first_map=[(torch.nn.Linear, Epsilon())]"
+        )
 
 
 def _check_between(value: Tensor, is_beyond: Tensor) -> None:

@@ -21,7 +21,7 @@ from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
 from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise
-from crp.rules.exponentials import _combined, _OfExponentials, _softmax
+from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
@@ -66,6 +66,8 @@ class SeeingMode(TorchFunctionMode):
     ----------
     notes : Notes
     """
+
+    attachment: Any = None  #: what rules share; None in composites of zennit
 
     def __init__(self, notes: Notes) -> None:
         super().__init__()
@@ -169,7 +171,9 @@ class SeeingMode(TorchFunctionMode):
         apart = None if choice.rule is None else choice.rule.written_out
         if apart is not None and not op.known.operands:
             with self:
-                return apart(*op.args, **op.kwargs)
+                result = apart(*op.args, **op.kwargs)
+            if result is not NotImplemented:
+                return result
         # (operands may be overwritten, and then nothing is known)
         passed = _passed(op, self.notes)
         parts = self._parts(op) if self.notes.has_parts or op.known.canonical in BEGINNING else None
@@ -191,6 +195,9 @@ class SeeingMode(TorchFunctionMode):
         is_quotient = isinstance(parts, _OfExponentials) and parts.is_quotient
         if (is_quotient or op.known.canonical == "softmax") and isinstance(result, Tensor):
             parts = _softmax(result)
+        elif op.known.canonical == "clone" and isinstance(parts, _OfExponentials):
+            is_counted = getattr(self.attachment, "account", None) is not None  # (of a softmax as a whole)
+            parts = parts if is_counted else _copy(parts, result)
         self._note(op, result, passed, copied, parts, below)
         return result
 

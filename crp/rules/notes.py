@@ -88,6 +88,10 @@ class Copied:
     def __init__(self, below: Tensor | Sequence[Copied], call: Callable[..., Tensor] | None = None) -> None:
         self.below, self.call = below, call
 
+    def inputs(self) -> list[Tensor]:
+        """Inputs of the model that are copied."""
+        return [self.below] if isinstance(self.below, Tensor) else [i for copied in self.below for i in copied.inputs()]
+
     def of(self, start: Callable[[Tensor], Tensor]) -> Tensor:
         """The same copies of ``start(input)``."""
         if isinstance(self.below, Tensor):

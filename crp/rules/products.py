@@ -12,16 +12,17 @@ not say so: the composite warns. Other implementations take the ordinary chain r
 
 from __future__ import annotations
 
-from typing import ClassVar, NoReturn, cast
+from collections.abc import Callable
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from crp.errors import StateError
-from crp.rules.base import Rule
-from crp.rules.deeplift import Difference, _same, _same_operands, slope
+from crp.rules.deeplift import Difference, Differences, _same, _same_operands, slope
 from crp.rules.layer import Layer, _no_rule
+from crp.rules.operands import ADDED
 from crp.trace.recorder import tensors_in
 
 
@@ -41,8 +42,10 @@ class _Decomposed(Difference):
         """Value of a call that is linear in what depends on the input, if all else is as for the reference."""
         pairs = zip(tensors_in((layer.args, layer.kwargs)), tensors_in((reference.args, reference.kwargs)), strict=True)
         mine = {id(value) for value in layer.inputs}
-        if not all(id(value) in mine or _same(value, value0) for value, value0 in pairs):
-            self.beyond(layer, exact=False)
+        numbers, numbers0 = ([value for value in one.args if isinstance(value, float)] for one in (layer, reference))
+        is_same = all(id(value) in mine or _same(value, value0) for value, value0 in pairs)
+        if not (is_same and numbers == numbers0) and isinstance(self.attachment, Differences):
+            self.attachment.differing[str(layer)] = None
         return cast(Tensor, layer.output)
 
 
@@ -59,16 +62,20 @@ class ProductDifference(_Decomposed):
 
     def compare(self, layer: Layer, reference: Layer) -> Tensor:
         """Return the product."""
-        if len(layer.inputs) == 1:
+        is_added = _is_added(layer)
+        factors = [number for number, is_one in enumerate(is_added) if not is_one]
+        if len(factors) < 2:
             return self.linear(layer, reference)
-        if len(layer.inputs) > 2:
+        if len(factors) > 2:
             self.beyond(layer, exact=False)
             return cast(Tensor, layer.output)
-        if not any(_same(value, value0) for value, value0 in zip(layer.inputs, reference.inputs, strict=True)):
+        if not any(_same(layer.inputs[number], reference.inputs[number]) for number in factors):
             self.beyond(layer, exact=True)
-        (u, v), call = layer.inputs, layer.again()
-        u_mean, v_mean = _means(layer, reference)
-        return self.through(layer, call.value(u, v_mean) + call.value(u_mean, v))
+        call, means = layer.again(), _means(layer, reference)
+        # (what is only added flows into the first of both)
+        first, second = list(layer.inputs), list(means)
+        first[factors[1]], second[factors[1]] = means[factors[1]], layer.inputs[factors[1]]
+        return self.through(layer, call.value(*first) + call.value(*second))
 
 
 class QuotientDifference(_Decomposed):
@@ -213,15 +220,34 @@ def _written_attention(
     return F.dropout(shares, dropout_p) @ value if dropout_p else shares @ value
 
 
-class TakenApart(Rule):
-    """Attention as products and a softmax, which have rules."""
+class TakenApart(Difference):
+    """Functions that are several others, which have rules, as attention is products and a softmax.
 
-    settings: ClassVar[tuple[str, ...]] = ()
-    written_out = staticmethod(_written_attention)
+    Parameters
+    ----------
+    written_out : callable
+        The same, written out; it gives NotImplemented for arguments for which it is not.
+    """
 
-    def operate(self, layer: Layer) -> NoReturn:
-        """Refuse kernels of which torch does not know how they are written."""
-        raise NotImplementedError(_no_rule("DeepLift", layer))
+    def __init__(self, written_out: Callable[..., Any] = _written_attention) -> None:
+        super().__init__()
+        self.written_out = written_out
+
+    def compare(self, layer: Layer, reference: Layer) -> Tensor:
+        """Return the function's value; refuse kernels of which torch does not know how they are written."""
+        if layer.known.has("attention"):
+            raise NotImplementedError(_no_rule("DeepLift", layer))
+        self.beyond(layer, exact=False)
+        return cast(Tensor, layer.output)
+
+
+def _is_added(layer: Layer) -> list[bool]:
+    """Whether a product only adds an input, for each of them."""
+    position, names = ADDED.get(layer.known.canonical, (-1, ()))
+    values = [(value, number == position) for number, value in enumerate(layer.args)]
+    values += [(value, name in names) for name, value in layer.kwargs.items()]
+    mine = {id(tensor) for tensor in layer.inputs}
+    return [is_one for value, is_one in values for tensor in tensors_in(value) if id(tensor) in mine]
 
 
 def _means(layer: Layer, reference: Layer) -> list[Tensor]:

@@ -12,6 +12,12 @@ from torch import Tensor
 from crp.errors import StateError
 
 
+def _acting(is_active: Callable[[], bool], call: object) -> Callable[[], bool]:
+    """Gives whether a rule acts on a call, and not the ordinary chain rule, as that may inside of a softmax."""
+    made = getattr(call, "parts", None)
+    return is_active if made is None else lambda: is_active() and not getattr(made, "is_chained", False)
+
+
 class SecondOrder:
     """What second derivatives need of a call: its scales, computed again with their graph.
 
@@ -34,7 +40,8 @@ class SecondOrder:
         is_active: Callable[[], bool],
         scales: Callable[[], Sequence[Tensor]],
     ) -> None:
-        self.name, self.is_active, self.scales = name, is_active, scales
+        is_alone = getattr(name, "parts", None) is None
+        self.name, self.is_active, self.scales = name, is_active if is_alone else _acting(is_active, name), scales
         self.versions = [(tensor, tensor._version) for tensor in inputs]
 
     def __call__(self) -> Sequence[Tensor]:

@@ -13,6 +13,7 @@ from crp.rules.functions import Function
 from crp.rules.layer import Layer, _no_rule, changed
 from crp.rules.model_input import _PartOf
 from crp.rules.notes import Born
+from crp.rules.redirect import _acting
 
 #: Part of an argument's gradient; or a function that tells it for each tensor in the argument.
 Part: TypeAlias = float | Callable[[Tensor], float]
@@ -38,7 +39,7 @@ class _Shared(Rule):
     def operate(self, layer: Layer) -> Any:
         """Return the function's output; parts of what flows back go to its operands."""
         sink = None if self._account is None else self._account.open(layer.place, layer.inputs[0])
-        mine = {id(tensor) for tensor in layer.inputs}
+        mine, is_active = {id(tensor) for tensor in layer.inputs}, _acting(self.is_active, layer)
 
         def taking(value: Any, part: Part) -> Any:
             def take(tensor: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class _Shared(Rule):
                     return tensor
                 counted = tensor if sink is None else cast(Tensor, _Balance.apply(tensor, sink, -1))
                 size = part(tensor) if callable(part) else part
-                return counted if size == 1 else cast(Tensor, _PartOf.apply(counted, size, self.is_active))
+                return counted if size == 1 else cast(Tensor, _PartOf.apply(counted, size, is_active))
 
             return value if sink is None and part == 1 else changed(value, take)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import core_cases
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 from crp.attribution import CondAttribution
 from crp.composites import CPLRP, AttnLRP, EpsilonPlusFlat, RelP
+from crp.errors import InputError
 
 KINDS = [AttnLRP, RelP, CPLRP, EpsilonPlusFlat]
 DATA = numbers(2, 5, 6, seed=3)
@@ -138,6 +141,11 @@ def by_norm(q, k, v):
     return F.normalize(logits(q, k).softmax(-1).masked_fill(MASK == 0, 0.0), p=1, dim=-1) @ v
 
 
+def by_sum_later(q, k, v):
+    p = logits(q, k).softmax(-1) * MASK
+    return (p @ v) / (p.sum(-1, keepdim=True) + 1e-300)
+
+
 def written_out(q, k, v):
     e = logits(q, k).exp()
     p = e / e.sum(-1, keepdim=True) * MASK
@@ -145,20 +153,21 @@ def written_out(q, k, v):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("attend", [by_sum, by_norm, written_out])
+@pytest.mark.parametrize("attend", [by_sum, by_sum_later, by_norm, written_out])
 def test_softmax_that_is_masked_and_divided_by_its_sum_again(attend, kind):
     """Under AttnLRP, queries and keys had another share than behind a mask before the softmax."""
     assert_same_map(net(attend), net(behind_a_mask), DATA, kind())
     assert_closes(net(attend), DATA, kind())
 
 
+@pytest.mark.parametrize("attend", [behind_a_mask, lambda q, k, v: logits(q, k).softmax(-1) * MASK @ v])
 @pytest.mark.parametrize("kind", [AttnLRP, RelP, CPLRP])
-def test_the_norm_of_what_was_attended_to_is_held_constant(kind):
+def test_the_norm_of_what_was_attended_to_is_held_constant(kind, attend):
     def written(q, k, v):
-        attended = behind_a_mask(q, k, v)
+        attended = attend(q, k, v)
         return attended / (attended.pow(2).mean(-1, keepdim=True) + 1e-6).pow(0.5)
 
-    assert_same_map(net(written), net(lambda *qkv: F.rms_norm(behind_a_mask(*qkv), (6,), eps=1e-6)), DATA, kind())
+    assert_same_map(net(written), net(lambda *qkv: F.rms_norm(attend(*qkv), (6,), eps=1e-6)), DATA, kind())
 
 
 @pytest.mark.parametrize("kind", [AttnLRP, RelP])
@@ -239,7 +248,9 @@ def largest_and_rest(x):
 
 @pytest.mark.filterwarnings("ignore:LRP has no rule for logsumexp")
 @pytest.mark.parametrize(
-    "written", [lambda x: x.exp().sum(-1, True).log(), largest_and_rest], ids=["plain", "less_the_largest"]
+    "written",
+    [lambda x: x.exp().sum(-1, True).log(), largest_and_rest, lambda x: reduce(torch.logaddexp, x.split(1, -1))],
+    ids=["plain", "less_the_largest", "one_after_the_other"],
 )
 def test_logarithms_of_a_sum_of_exponentials(written):
     """Each gets its share of the gradient; what the logarithm adds to the mean is kept, as by `torch.logsumexp`."""
@@ -249,21 +260,87 @@ def test_logarithms_of_a_sum_of_exponentials(written):
     assert off(kept.flatten(), (r - found.sum(-1, keepdim=True)).flatten()) <= 1e-9
 
 
-def test_what_is_recorded_changes_nothing():
-    class Exponential(nn.Module):
-        def forward(self, x):
-            return x.exp()
+def tapped(wiring, **layers):
+    """Net whose layers a, b and c hand on what they are given, to be named."""
+    return seeded(core_cases.Net(wiring, **layers, **{name: nn.Identity() for name in "abc"}, head=nn.Linear(6, 3)))
+
+
+@pytest.mark.parametrize("layer", "abc")
+def test_layers_inside_a_softmax_have_what_flows_through_them(layer):
+    """They had zeros, and conditions on them were refused."""
 
     def wiring(s, x):
-        e = s.exp(s.scores(x))
-        return s.head(e / e.sum(-1, keepdim=True) * x)
+        e = s.a(s.scores(x).exp())
+        return s.head(s.c(e / s.b(e.sum(-1, keepdim=True))) * x)
 
-    layers = {"scores": nn.Linear(6, 6), "exp": Exponential(), "head": nn.Linear(6, 3)}
-    model, data = seeded(core_cases.Net(wiring, **layers)), numbers(3, 6)
-    plain, recording = (
-        CondAttribution(model)(data, [{"y": 1}], AttnLRP(), record_layer=names).heatmap for names in ([], ["exp"])
+    model, data = tapped(wiring, scores=nn.Linear(6, 6)), numbers(3, 6)
+    p = model.scores(data).detach().softmax(-1)
+    m = model.head.weight[1].detach() * data / 2
+    of_mean = (p * m).sum(-1, keepdim=True)
+    attribution = CondAttribution(model)
+    plain, recorded = (attribution(data, [{"y": 1}], AttnLRP(), record_layer=names) for names in ([], [layer]))
+    assert off(recorded.heatmap, plain.heatmap) <= 1e-12
+    wanted = {"a": p * (m - of_mean), "b": -of_mean, "c": p * m}[layer]
+    assert off(recorded.relevances[layer], wanted) <= 1e-12
+    concepts = range(wanted.shape[1])
+    parts = [attribution(data, [{"y": 1, layer: [i]}], AttnLRP()).heatmap for i in concepts]
+    assert off(sum(parts), attribution(data, [{"y": 1, layer: [*concepts]}], AttnLRP()).heatmap) <= 1e-12
+
+
+def of_sums(s, q, k, v):
+    e = s.a(logits(q, k).exp())
+    return s.c(e @ v) / s.b(e.sum(-1, keepdim=True))
+
+
+def of_powers(s, q, k, v):
+    e = s.a((logits(q, k) / 2).exp()) ** 2
+    return s.c(e) * s.b(1 / e.sum(-1, keepdim=True)) @ v
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attend", [of_sums, of_powers])
+def test_layers_inside_attention_change_nothing(attend, kind):
+    model = tapped(
+        lambda s, x: s.head(attend(s, s.q(x), s.k(x), s.v(x))).mean(1), **{n: nn.Linear(6, 6) for n in "qkv"}
     )
-    assert off(recording, plain) <= 1e-12
+    plain = CondAttribution(model)(DATA, [{"y": 1}], kind())
+    for layer in "abc":
+        recorded = CondAttribution(model)(DATA, [{"y": 1}], kind(), record_layer=[layer])
+        assert off(recorded.heatmap, plain.heatmap) <= 1e-12
+        is_held = kind is not AttnLRP and (layer, attend) != ("c", of_sums)
+        assert (recorded.relevances[layer].abs().max() == 0) == is_held
+
+
+def test_several_layers_inside_a_softmax_are_recorded_together():
+    model = tapped(
+        lambda s, x: s.head(of_sums(s, s.q(x), s.k(x), s.v(x))).mean(1), **{n: nn.Linear(6, 6) for n in "qkv"}
+    )
+    attribution = CondAttribution(model)
+    together = attribution(DATA, [{"y": 1}], AttnLRP(), record_layer=list("abc"))
+    for layer in "abc":
+        alone = attribution(DATA, [{"y": 1}], AttnLRP(), record_layer=[layer])
+        assert off(together.relevances[layer], alone.relevances[layer]) <= 1e-12
+    assert off(together.heatmap, alone.heatmap) <= 1e-12
+
+
+def test_a_layer_whose_exponentials_have_other_readers_beside_a_softmax_is_refused():
+    def wiring(s, x):
+        e = s.a(s.scores(x).exp())
+        return s.head(e / e.sum(-1, keepdim=True) * x) + s.other(e)
+
+    model = tapped(wiring, scores=nn.Linear(6, 6), other=nn.Linear(6, 3))
+    CondAttribution(model)(numbers(3, 6), [{"y": 1}], AttnLRP())
+    with pytest.raises(InputError, match="cannot be told apart"):
+        CondAttribution(model)(numbers(3, 6), [{"y": 1}], AttnLRP(), record_layer=["a"])
+
+
+def test_a_layer_between_values_that_are_weighted_entry_by_entry_and_their_sum_is_refused():
+    def wiring(s, x):
+        e = s.scores(x).exp()
+        return s.head(s.a(e * x) / e.sum(-1, keepdim=True))
+
+    with pytest.raises(InputError, match="no relevance flows through what is named"):
+        CondAttribution(tapped(wiring, scores=nn.Linear(6, 6)))(numbers(3, 6), [{"y": 1}], RelP(), record_layer=["a"])
 
 
 class Masking(nn.Module):

@@ -1,6 +1,7 @@
 """Every rule against the paper's formula, written as a matrix product of relevances."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from zennit.composites import LayerMapComposite
 from zennit.core import Stabilizer
 
 import crp.rules as rules
-from crp.composites import Composite
+from crp.attribution import CondAttribution
+from crp.composites import Composite, EpsilonPlusFlat
 from crp.rules import Rule, lift
 from crp.rules.layer import modified, positive
 
@@ -290,3 +292,35 @@ def test_words_in_place_of_modifiers_are_refused(make, message):
 
     with pytest.raises(TypeError, match=message):
         attribute(Mistaken(), nn.Linear(3, 4), torch.rand(2, 3), torch.rand(2, 4), True)
+
+
+class OfTokens(nn.Linear):
+    """A dense layer that reads the tokens of all samples in one axis, as those of GPT-2 do."""
+
+    def forward(self, x):
+        return super().forward(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "is_told"),
+    [
+        (lambda: [nn.Linear(6, 4)], (2, 6), True),
+        (lambda: [nn.Flatten(), nn.Linear(16, 4)], (2, 1, 4, 4), True),
+        (lambda: [nn.Linear(1, 4)], (2, 1), False),
+        (lambda: [nn.Conv2d(1, 4, 3)], (2, 1, 4, 4), False),
+        (lambda: [nn.Linear(6, 4)], (1, 3, 6), False),
+        (lambda: [OfTokens(6, 4)], (1, 3, 6), False),
+    ],
+    ids=["features", "pixels", "one_feature", "convolution", "tokens", "tokens_in_one_axis"],
+)
+def test_flat_tells_where_all_that_a_sample_consists_of_gets_the_same(layers, shape, is_told):
+    model = nn.Sequential(*layers(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)).double().eval()
+    data, other = torch.randn(shape, dtype=torch.float64), [((nn.Linear, nn.Conv2d), rules.Epsilon())]
+    model(data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CondAttribution(model)(data, [{"y": 1}], EpsilonPlusFlat())
+        CondAttribution(model)(data, [{"y": 1}], EpsilonPlusFlat(first_map=other))
+    told = [str(w.message) for w in caught]
+    assert len(told) == is_told
+    assert not told or told[0].startswith(f"Flat gives all {data[0].numel()} inputs of linear() in")

@@ -1,0 +1,71 @@
+"""Functions that are several others, written out: norms, distances and deviations, of which each step has a rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+#: Axes of a function that reduces; None for all.
+Axes: TypeAlias = int | Sequence[int] | None
+
+
+def _all(x: Tensor, dim: Axes) -> tuple[int, ...]:
+    return tuple(range(x.dim())) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+
+
+def _variance(
+    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: float | None = None
+) -> Tensor:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    axes = _all(input, dim)
+    left = math.prod(input.shape[axis] for axis in axes) - (int(unbiased) if correction is None else correction)
+    return (input - input.mean(axes, keepdim=True)).square().sum(axes, keepdim=keepdim) / left
+
+
+def _vector_norm(
+    input: Tensor, p: Any = 2.0, dim: Axes = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None
+) -> Any:
+    p = 2 if p == "fro" else p
+    if not isinstance(p, int | float) or not 0 < p < math.inf or (dtype, out) != (None, None):
+        return NotImplemented
+    axes = _all(input, dim)
+    if p == 1:
+        return input.abs().sum(axes, keepdim=keepdim)
+    if p == 2:
+        return input.square().sum(axes, keepdim=keepdim).sqrt()
+    return input.abs().pow(p).sum(axes, keepdim=keepdim).pow(1 / p)
+
+
+def _norm(A: Tensor, ord: Any = None, dim: Axes = None, keepdim: bool = False, **others: Any) -> Any:
+    is_of_matrix = ord is not None and len(_all(A, dim)) > 1
+    return NotImplemented if is_of_matrix else _vector_norm(A, 2 if ord is None else ord, dim, keepdim, **others)
+
+
+def _normalized(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    norm = _vector_norm(input, p, dim, keepdim=True, out=out)
+    return norm if norm is NotImplemented else input / norm.clamp_min(eps)
+
+
+def _distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    return _vector_norm(x1 - x2 + eps, p, -1, keepdim)
+
+
+def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: object = None) -> Any:
+    return _vector_norm(x1[..., :, None, :] - x2[..., None, :, :], p, -1)
+
+
+#: By name of the function; they give NotImplemented for arguments for which they are not written.
+WRITTEN_OUT: dict[str, Callable[..., Any]] = {
+    "var": _variance,
+    "std": lambda *args, **keywords: _variance(*args, **keywords).sqrt(),
+    "norm": lambda input, p="fro", *args, **keywords: _vector_norm(input, p, *args, **keywords),
+    "linalg_vector_norm": lambda x, ord=2, *args, **keywords: _vector_norm(x, ord, *args, **keywords),
+    "linalg_norm": _norm,
+    "normalize": _normalized,
+    "pairwise_distance": _distance,
+    "cdist": _distances,
+}
