@@ -14,6 +14,7 @@ from report_cases import NAMES, Parsed, report
 from zennit.composites import EpsilonPlus
 
 from crp.visualization import FeatureVisualization
+from crp.visualization.analysis import RowSelection, similarity
 from crp.visualization.report.facts import get_facts
 from crp.visualization.report.graphs import DrawnNode, draw_columns
 from crp.visualization.report.maps import square_map
@@ -93,6 +94,18 @@ def test_pictures_are_described_by_what_they_are_shown_for(fv, atlas):
             part = text.partition(f"<h2>{heading}</h2>")[2].partition("<h2>")[0]
             described = re.findall(r'alt="([^"]+)"', part)
             assert all(one.endswith(f"where second {concept} {what}") for one in described), heading
+
+
+def test_similar_concepts_are_those_whose_relevance_goes_along(fv, atlas):
+    cosine = similarity(fv.path, RowSelection("second", "relevance"))
+    shown = 0
+    for concept in range(5):
+        part = (atlas / f"concept/second/{concept}.html").read_text().partition("<h2>Similar concepts</h2>")[2]
+        chips = re.findall(r"<span>(\d)<small>(.*?) alike</small>", part)
+        order = [other for other in np.argsort(-cosine[concept], kind="stable").tolist() if other != concept]
+        assert chips == [(str(o), percent(cosine[concept, o])) for o in order if cosine[concept, o] > 0.05]
+        shown += len(chips)
+    assert 0 < shown < 20
 
 
 def test_what_a_concept_does_is_told_once(fv, atlas):

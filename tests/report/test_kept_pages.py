@@ -129,6 +129,8 @@ def test_samples_of_several_classes_say_for_which_they_are_explained(tmp_path):
             assert set(others) <= {name}  # (those have no words beside them)
             n_told += first != name
     assert n_told
+    told = "".join(page.read_text() for page in (folder / "concept" / "second").glob("*.html"))
+    assert all(f"in cluster {i} of {name}<" in told for i in (0, 1) for name in NAMES[:2])
 
 
 def test_a_single_cluster_is_compared_with_no_others(tmp_path):
