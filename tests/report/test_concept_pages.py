@@ -147,6 +147,9 @@ def test_bars_are_drawn_beside_their_numbers_for_the_eye_alone(fv, atlas):
         if tag == "svg" and attributes.get("class") == "bar"
     ]
     assert bars and all(bar["aria-hidden"] == "true" and "aria-label" not in bar for bar in bars)
+    pages = "".join(page.read_text() for page in atlas.rglob("*.html"))
+    widths = re.findall(r'<svg class="bar"[^>]*><rect[^>]* width="([\d.]+)%"', pages)
+    assert len(widths) == len(bars) and max(map(float, widths)) == 100, "the longest is the largest"
 
 
 def test_rounding_is_no_negative_relevance(fv):

@@ -46,6 +46,7 @@ def test_every_kind_has_a_page_that_the_overview_links(found):
     assert set(PAGES.values()) <= links_to(folder / "index.html", folder)
     text = Parsed(folder / "index.html").text
     assert "How classes are predicted" in text and "Clusters of apple" in text
+    assert all("more concept" not in (folder / page).read_text() for page in PAGES.values()), "all are listed"
     parts = [f"{size} samples with more of concept {c} ({d:+.3f})" for size, (c, d) in zip(
         results["clusters"].sizes, (results["clusters"].strongest(i)[0] for i in (0, 1)), strict=True
     )]  # fmt: skip
