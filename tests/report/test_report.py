@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from crp.visualization.report.maps import crop_of, encode_maps, read_facts, squa
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer
 from crp.visualization.report.render import _breaking, counted
-from crp.visualization.report.suspects import find_suspects
+from crp.visualization.report.suspects import _parts_of_pictures, find_suspects
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
 from crp.wording import percent
@@ -72,6 +73,18 @@ def test_there_is_a_page_for_every_class_layer_concept_and_reference(fv, atlas):
         least = top_k(table, layer, k=2, least=True)
         wanted |= {f"sample/{i}.html" for i, v in zip(least.sample.flat, least.value.flat, strict=True) if v < 0}
     assert {name for name in files(atlas) if name.endswith(".html")} == wanted
+
+
+def test_captions_tell_right_and_wrong_predictions(fv, atlas):
+    chances, kinds = fv.attribution.model(fv.dataset.data).softmax(1).detach(), set()
+    pages = "".join(page.read_text() for page in (atlas / "class").glob("*.html"))
+    for caption, sample in re.findall(r"<figcaption>((?:<span[^>]*>[^<]*</span>)*<span>sample (\d+)</span>)", pages):
+        best, label = int(chances[int(sample)].argmax()), fv.dataset.labels[int(sample)]
+        word = f"{NAMES[best]} {percent(float(chances[int(sample), best]))}</span>"
+        right, wrong = f'<span class="ok">✓ {word}', f'<span>{NAMES[label]}</span><span class="bad">✗ {word}'
+        assert caption.startswith(right if best == label else wrong)
+        kinds.add(best == label)
+    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("layer", ["first", "second"])
@@ -627,6 +640,21 @@ def test_probabilities_are_given_only_where_they_are_some():
     assert scores(rounded, [2])[0] == [float(rounded[0, 2])]
     assert scores(torch.tensor([[7.0]]), [0]) == ([7.0], [None])
     assert scores(torch.zeros(1, 2, 3), [0]) == ([None], [None])
+
+
+def test_parts_of_pictures_are_called_by_their_place():
+    parts, (height, width) = _parts_of_pictures("layer", 8, 12, (4, 4)), (8, 12)
+    places = [(0, 0), (0, 11), (7, 0), (height - 1, width - 1), (2, 3), (5, 11), (1, 8)]
+    block = SimpleNamespace(position=np.array([[row * width + column for row, column in places]]))
+    assert [parts.name(cell) for cell in parts.of(block)[0].tolist()] == [
+        "at the top left",
+        "at the top right",
+        "at the bottom left",
+        "at the bottom right",
+        "in row 2 of 4, column 2 of 4",
+        "in row 3 of 4 right",
+        "at the top, column 3 of 4",
+    ]
 
 
 def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
