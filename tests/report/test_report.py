@@ -28,6 +28,7 @@ from crp.visualization.report import (
     Finding,
     drawing,
     make_tile,
+    pages,
     picture_drawing,
     picture_rows,
     unfinished,
@@ -576,6 +577,22 @@ def test_tiles_have_a_size_in_pixels(fv, size):
 
 
 # ---- parts
+
+
+def test_a_wide_layer_is_in_parts_which_tell_what_they_leave_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "CARDS", 2)
+    net = make_net()
+    with torch.no_grad():
+        net.hidden.weight[:, 2 * 9 : 3 * 9] = 0  # (nothing comes back to channel 2)
+    fv = mined(tmp_path, net=net, layers=["second"])
+    atlas = report(fv, tmp_path / "out", n_references=1, n_negative=0, n_mean=0, n_sample_concepts=0)
+    means = class_means(Table.open(fv.path), "second")
+    order = np.argsort(-(means.value * means.rows[:, None]).sum(0), kind="stable").tolist()
+    for part, name in enumerate(("second", "second-part2", "second-part3")):
+        text, chosen = (atlas / f"layer/{name}.html").read_text(), order[2 * part : 2 * part + 2]
+        assert re.findall(r'data-number="(\d+)"', text) == [str(concept) for concept in chosen if concept != 2]
+        assert ("1 concept here is relevant for no sample, and left out." in text) == (2 in chosen)
+        assert re.findall(r'class="chip word"[^>]*>([^<]+)<', text) == ["1 to 2", "3 to 4", "5 to 5"]
 
 
 def test_the_search_tells_shares_as_pages_do(fv, atlas):
