@@ -13,8 +13,8 @@ from zennit.composites import EpsilonPlus
 
 from crp.audit import Prototypes, clusters, save_clusters
 from crp.visualization.report import write_report
-from crp.visualization.report.kept import PAGED
-from crp.visualization.table.derived import KEPT_KINDS, keep_result, read_kept
+from crp.visualization.report.kept import PAGED, changed_how
+from crp.visualization.table.derived import KEPT_KINDS, KeptResult, keep_result, read_kept
 from crp.visualization.table.store import Table
 from crp.wording import percent
 
@@ -191,6 +191,19 @@ def test_interventions_are_listed_by_what_the_output_loses(found):
         assert re.findall(r'class="num">([^<]+)<', row) == [f"{relevance[i]:.3g}", f"{change[i]:+.3g}"]
     assert f"<b>{tested.agreement:.2f}</b>" in text and "was switched off" in text
     assert text.partition('class="points"')[2].partition("</svg>")[0].count("<circle") == len(change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"scale": 0.0}, "switched off"),
+        ({"scale": 2.0}, "multiplied by 2"),
+        ({"scale": 1.0, "patched": True}, "patched from other samples"),
+        ({"scale": 0.5, "patched": True}, "patched from other samples and multiplied by 0.5"),
+    ],
+)
+def test_what_was_done_to_a_concept_is_told(settings, words):
+    assert changed_how(KeptResult("interventions", "second", None, "", settings, {})) == words
 
 
 def test_context_is_listed_by_what_is_outside_of_the_object(found):

@@ -24,6 +24,7 @@ from zennit.composites import EpsilonPlus
 from crp.composites import EpsilonPlus as OwnEpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept
 from crp.errors import InputError
+from crp.image.colours import resized
 from crp.visualization.report import (
     Finding,
     drawing,
@@ -38,7 +39,7 @@ from crp.visualization.report.addresses import Addresses, slug
 from crp.visualization.report.drawing import scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
 from crp.visualization.report.options import ReportOptions
-from crp.visualization.report.picture_drawing import PictureDrawer
+from crp.visualization.report.picture_drawing import PictureDrawer, picture_file
 from crp.visualization.report.render import _breaking, counted
 from crp.visualization.report.suspects import _parts_of_pictures, find_suspects
 from crp.visualization.table.ranking import class_means, top_k
@@ -638,6 +639,22 @@ def test_the_colours_of_a_map_are_those_of_the_pictures(tmp_path):
     assert pixels[:2] == [[204, 23, 28, 255], [33, 89, 191, 255]]
     assert pixels[2][3] == 0 and pixels[3][3] == round(255 * (64 / 127) ** 0.7)
     assert read_facts(tmp_path / "m.png") == {"key": "k"}
+
+
+def test_large_pictures_are_made_smaller_and_small_ones_lose_nothing():
+    down, across = torch.linspace(0, 1, 160)[:, None], torch.linspace(0, 1, 80)
+    whole = torch.stack([down.expand(160, 80), across.expand(160, 80), down * across])
+    for picture, size, suffix, shape in (
+        (whole, 100, "webp", (50, 100)),
+        (whole[:, ::4], 100, "webp", (80, 40)),
+        (whole[:, :60, :30], 100, "png", (30, 60)),
+    ):
+        content, found = picture_file(picture, size)
+        with Image.open(io.BytesIO(content)) as shown:
+            assert (found, shown.size) == (suffix, shape)
+            pixels = np.asarray(shown.convert("RGB"), float) / 255
+        wanted = resized(np.asarray(picture.mean(0)), shape[::-1])
+        assert np.abs(pixels.mean(-1) - wanted).max() < (0.05 if suffix == "webp" else 0.005)
 
 
 def test_a_crop_is_a_square_around_the_relevance():
