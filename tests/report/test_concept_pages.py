@@ -16,7 +16,7 @@ from zennit.composites import EpsilonPlus
 from crp.visualization import FeatureVisualization
 from crp.visualization.analysis import RowSelection, similarity
 from crp.visualization.report.facts import get_facts
-from crp.visualization.report.graphs import DrawnNode, draw_columns
+from crp.visualization.report.graphs import DrawnNode, _draw_histogram, draw_columns
 from crp.visualization.report.maps import square_map
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
@@ -172,6 +172,25 @@ def test_words_of_a_graph_are_not_cut_and_curves_begin_behind_them():
     assert edge.x0 == min(word + half + 5, (word + picture) / 2) and edge.x2 == picture
     short = draw_columns([{"y": DrawnNode("8")}, columns[1]], {("y", 1): 0.5}, (45, 165), 210)
     assert [x for x, _, _ in short["nodes"]] == [45, 165] and short["width"] == 210
+
+
+def test_nodes_of_a_graph_stand_below_each_other_and_curves_end_at_them():
+    columns = [{"y": DrawnNode("8")}, {i: DrawnNode(str(i), picture="data:,") for i in range(3)}]
+    graph = draw_columns(columns, {("y", 0): 1.0, ("y", 2): -0.5}, (45, 165), 210)
+    (_, middle, _), *others = graph["nodes"]
+    ys = [y for _, y, _ in others]
+    assert ys[0] >= 23 and ys[-1] + 36 <= graph["height"], "pictures and what is written below them are in it"
+    assert ys[1] - ys[0] == ys[2] - ys[1] > 46 and middle == ys[1]
+    assert [(e.y0, e.y1, e.x2, e.width, e.against) for e in graph["edges"]] == [
+        (middle, ys[0], 165, 10, False),
+        (middle, ys[2], 165, 5.5, True),
+    ]
+
+
+def test_bars_of_a_histogram_are_roots_of_counts():
+    drawn = _draw_histogram(np.array([0, 1, 4, 16]), "a", "b", [0.25])
+    assert drawn["bars"] == [(105.0, 73.0, 23.0), (210.0, 50.0, 46.0), (315.0, 4.0, 92.0)]
+    assert (drawn["low"], drawn["high"], drawn["ticks"]) == ("a", "b", [105.0])
 
 
 def test_the_thickest_curve_of_a_graph_is_the_largest_share_whatever_its_sign(atlas):
