@@ -17,8 +17,8 @@ from crp.visualization import FeatureVisualization
 from crp.visualization.analysis import RowSelection, similarity
 from crp.visualization.report.facts import get_facts
 from crp.visualization.report.graphs import DrawnNode, _draw_histogram, draw_columns
-from crp.visualization.report.maps import square_map
-from crp.visualization.table.ranking import top_k
+from crp.visualization.report.maps import read_facts, square_map
+from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
 from crp.wording import percent
 
@@ -137,6 +137,37 @@ def test_links_of_a_graph_tell_their_layer(atlas, page):
     names = {f"{layer} · {n}" if kind == "concept" else NAMES[int(n)] for kind, layer, n, _ in links}
     assert links and {link[3] for link in links} == names
     assert graph.count("<a ") == len(links)
+
+
+def test_graphs_tell_what_references_hand_down(fv, atlas):
+    """A concept's own share is the mean over its references; of one above, it counts as much as that one does."""
+    means = class_means(Table.open(fv.path), "second")
+    mean = (means.value * means.rows[:, None]).sum(0) / means.rows.sum()
+    above = {lower: [] for lower in range(4)}
+
+    def side(layer: str, concept: int, other: str) -> tuple[list[int], list[float]]:
+        text = (atlas / f"concept/{layer}/{concept}.html").read_text()
+        graph = text.partition('<svg class="graph"')[2].partition("</svg>\n<p")[0]
+        widths = [float(width) for width in re.findall(r'<path [^>]*stroke-width="([\d.]+)"', graph)]
+        found = [int(n) for n in re.findall(rf'aria-label="{other} · (\d+)"', graph)]
+        return found, widths[-len(found) :] if other == "first" else widths[: len(found)]
+
+    def expected(shares: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+        most = max(abs(share) for _, share in shares)
+        return [one for one, _ in shares], [round(1 + 9 * abs(share) / most, 1) for _, share in shares]
+
+    for concept in range(5):
+        best = top_k(Table.open(fv.path), "second", k=3).value[:, concept]
+        rows = read_facts(atlas / f"maps/second/{concept}.png")["rows"][: np.count_nonzero(best)]
+        known, total = [dict(below) for _, below, *_ in rows if below], {}
+        for lower in {lower for below in known for lower in below}:
+            total[lower] = sum(below.get(lower, 0) for below in known) / len(known)
+        shares = sorted(total.items(), key=lambda one: -one[1])
+        assert side("second", concept, "first") == expected(shares)
+        for lower, share in shares:
+            above[lower].append((concept, share * mean[concept]))
+    for lower, shares in above.items():
+        assert side("first", lower, "second") == expected(sorted(shares, key=lambda one: -one[1]))
 
 
 def test_bars_are_drawn_beside_their_numbers_for_the_eye_alone(fv, atlas):
