@@ -15,7 +15,7 @@ from zennit.composites import EpsilonPlus
 
 from crp.visualization import FeatureVisualization
 from crp.visualization.analysis import RowSelection, similarity
-from crp.visualization.report.facts import get_facts
+from crp.visualization.report.facts import concepts_of_samples, get_facts
 from crp.visualization.report.graphs import DrawnNode, _draw_histogram, draw_columns
 from crp.visualization.report.maps import read_facts, square_map
 from crp.visualization.table.ranking import class_means, top_k
@@ -168,6 +168,24 @@ def test_graphs_tell_what_references_hand_down(fv, atlas):
             above[lower].append((concept, share * mean[concept]))
     for lower, shares in above.items():
         assert side("first", lower, "second") == expected(sorted(shares, key=lambda one: -one[1]))
+
+
+def test_the_graph_of_a_sample_tells_shares_of_its_relevance(fv, atlas):
+    pages = sorted((atlas / "sample").glob("*.html"))[:4]
+    for page in pages:
+        sample, target = int(page.stem), int(page.stem) % 3
+        top = concepts_of_samples(Table.open(fv.path), "second", {sample: target}, 4)[sample]
+        rows = read_facts(atlas / f"maps/samples/{sample}.{target}.png")["rows"][1:]
+        below = [dict(row[1]) for row in rows]
+        wanted = {n: sum(s * part.get(n, 0) for (_, s), part in zip(top, below, strict=True)) for n in range(4)}
+        kept = [n for n in sorted(wanted, key=lambda n: -wanted[n]) if any(n in part for part in below)]
+        graph = page.read_text().partition('<svg class="graph"')[2].partition('<p class="note">')[0]
+        assert re.findall(r'aria-label="first · (\d+)"', graph) == [str(n) for n in kept]
+        widths = []
+        for (_, share), (_, parts, *_) in zip(top, rows, strict=True):
+            widths += [share * part / top[0][1] for part in (1, *dict(parts).values())]
+        drawn = re.findall(r'<path [^>]*stroke-width="([\d.]+)"', graph)
+        assert drawn == [str(round(1 + 9 * width, 1)) for width in widths]
 
 
 def test_bars_are_drawn_beside_their_numbers_for_the_eye_alone(fv, atlas):
