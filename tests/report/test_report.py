@@ -24,7 +24,7 @@ from zennit.composites import EpsilonPlus
 from crp.composites import EpsilonPlus as OwnEpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept
 from crp.errors import InputError
-from crp.image.colours import resized
+from crp.image.colours import as_picture, resized
 from crp.visualization.report import (
     Finding,
     drawing,
@@ -639,6 +639,49 @@ def test_the_colours_of_a_map_are_those_of_the_pictures(tmp_path):
     assert pixels[:2] == [[204, 23, 28, 255], [33, 89, 191, 255]]
     assert pixels[2][3] == 0 and pixels[3][3] == round(255 * (64 / 127) ** 0.7)
     assert read_facts(tmp_path / "m.png") == {"key": "k"}
+
+
+def test_the_mean_of_a_class_is_that_of_all_its_batches(fv, tmp_path):
+    samples = [0, 3, 6]
+    drawer = PictureDrawer(fv, EpsilonPlus(), ["second"], tmp_path, "", ReportOptions(batch_size=2))
+    drawer.draw_mean(0, samples)
+    shown = drawer.mean(0, "")
+    assert shown.lines == [("mean over 3 samples", "")]
+    with Image.open(tmp_path / shown.picture) as picture:
+        wanted = np.mean([as_picture(fv.dataset.data[i])[..., 0] for i in samples], axis=0)
+        assert np.abs(np.asarray(picture) / 255 - wanted).max() <= 0.5 / 255 + 1e-9
+    heat = fv.attribution(fv.dataset.data[samples], [{"y": [0]}], EpsilonPlus()).heatmap.detach()
+    mean = (heat / heat.abs().sum((1, 2), keepdim=True)).mean(0).numpy()
+    with Image.open(tmp_path / shown.maps) as image:
+        assert np.abs((np.asarray(image, int) - 127) / 127 - square_map(mean, 64)).max() <= 0.5 / 127 + 1e-6
+
+
+def test_pages_tell_for_which_classes_a_concept_speaks(fv, atlas):
+    means = class_means(Table.open(fv.path), "second")
+    value, mean = means.value, (means.value * means.rows[:, None]).sum(0) / means.rows.sum()
+    layer = (atlas / "layer/second.html").read_text()
+    cards = dict(re.findall(r'data-number="(\d+)">(.*?)</figure>', layer, re.DOTALL))
+    orders = re.findall(r'data-share="(.*?)" data-specific="(.*?)" .*? data-number="(\d+)"', layer)
+    assert sorted(cards) == sorted(number for *_, number in orders) == list("01234")
+    for share, specific, number in orders:
+        concept = int(number)
+        most = value[:, concept].argmax()
+        assert f"{percent(mean[concept])}, most for {NAMES[most]}" in cards[number]
+        assert float(share) == pytest.approx(mean[concept], abs=1e-6)
+        assert float(specific) == pytest.approx(value[most, concept] / max(mean[concept], 1e-9), rel=1e-3, abs=1e-3)
+        page = atlas / f"concept/second/{number}.html"
+        text = Parsed(page).text
+        order = np.argsort(-value[:, concept], kind="stable").tolist()
+        best = " and ".join(NAMES[row] for row in order[:2] if value[row, concept] > 0)
+        told = f"Carries {percent(mean[concept])} of the relevance of an average sample"
+        assert told + (f"; most of it for {best}." if best else ".") in text
+        rank = int((value[most] > value[most, concept]).sum()) + 1
+        for words in (f"{percent(value[most, concept])}of the relevance of", f"#{rank} of 5for"):
+            assert f"{words} {NAMES[most]}" in text
+        table = page.read_text().partition("<h2>Share of the relevance</h2>")[2].partition("</table>")[0]
+        assert re.findall(r'class/(\d)\.html">\w+</a>.*?class="num">(.*?)<', table) == [
+            (str(row), percent(value[row, concept])) for row in order
+        ]
 
 
 def test_large_pictures_are_made_smaller_and_small_ones_lose_nothing():
