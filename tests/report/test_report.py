@@ -36,7 +36,7 @@ from crp.visualization.report import (
     write_report,
 )
 from crp.visualization.report.addresses import Addresses, slug
-from crp.visualization.report.drawing import scores
+from crp.visualization.report.drawing import Row, scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer, picture_file
@@ -639,6 +639,14 @@ def test_the_colours_of_a_map_are_those_of_the_pictures(tmp_path):
     assert pixels[:2] == [[204, 23, 28, 255], [33, 89, 191, 255]]
     assert pixels[2][3] == 0 and pixels[3][3] == round(255 * (64 / 127) ** 0.7)
     assert read_facts(tmp_path / "m.png") == {"key": "k"}
+
+
+def test_what_was_drawn_of_something_else_is_drawn_again(fv, tmp_path):
+    for identity, is_drawn in (("one model", False), ("one model", True), ("another", False)):
+        drawer = PictureDrawer(fv, EpsilonPlus(), ["second"], tmp_path, identity, ReportOptions())
+        (job,) = drawer.files({"maps/one.png": [Row(0, 0)]}, (0, 1))
+        assert drawer.is_drawn(job) == is_drawn
+        assert list(drawer.draw([job]))[-1] == 1
 
 
 def test_the_mean_of_a_class_is_that_of_all_its_batches(fv, tmp_path):
