@@ -14,9 +14,9 @@ from click.core import ParameterSource
 from crp.commands.errors import FIGURES, CommandError
 from crp.commands.loading import EXISTING, _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
-from crp.commands.values import _plain, _read_settings
+from crp.commands.values import _plain, _read_settings, _values_of
 from crp.errors import LoadingError
-from crp.wording import counted, percent
+from crp.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -285,26 +285,19 @@ def _explain(
 def _prediction(
     loaded: Loaded, scores: Tensor, index: int
 ) -> tuple[str, str, dict[str, dict[str, Any]], list[tuple[str, float]]]:
-    """Predicted and explained class in words, both as data, and the most probable ones.
-
-    Scores that exclude each other are told as probabilities; others, as of a segmentation, as they are.
-    """
-    from crp.engine.probabilities import probabilities
-
-    values = probabilities(scores[None])[0] if loaded.exclusive else scores
+    """Predicted and explained class in words, both as data, and the most probable ones."""
+    values, what, words = _values_of(scores, loaded.exclusive)
     first = int(values.argmax())
 
     def told(i: int) -> str:
-        value = percent(float(values[i])) if loaded.exclusive else f"score {float(values[i]):.4g}"
-        return f"{loaded.class_name(i)} ({value})"
+        return f"{loaded.class_name(i)} ({words(float(values[i]))})"
 
     of = "" if index == first else f"; explained: {told(index)}"
-    what = "probability" if loaded.exclusive else "score"
     classes = {
         name: {"class": i, "name": loaded.class_name(i), what: float(values[i])}
         for name, i in (("predicted", first), ("explained", index))
     }
-    best = [*values.argsort(descending=True, stable=True)[:_CLASSES].tolist(), index] if loaded.exclusive else []
+    best = [*values.argsort(descending=True, stable=True)[:_CLASSES].tolist(), index] if what == "probability" else []
     chances = [(loaded.class_name(i), float(values[i])) for i in dict.fromkeys(best)]
     return f"predicted {told(first)}", of, classes, chances
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crp.commands.errors import FIGURES, CommandError
-from crp.commands.values import _plain
-from crp.wording import percent
+from crp.commands.values import _plain, _values_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -154,12 +153,11 @@ def _aim(
     scores: Tensor, place: int | None, texts: Texts, loaded: Loaded, asking: Asking
 ) -> tuple[Any, str, dict[str, Any]]:
     """Target, what is said of it, and the same as data."""
-    from crp.engine.probabilities import probabilities
     from crp.engine.targets import Position
     from crp.visualization.models import find_class
 
     first = int(scores.argmax())
-    chance = probabilities(scores[None])[0]
+    values, what, words = _values_of(scores, loaded.exclusive)
 
     def name(index: int) -> str:
         return loaded.class_name(index) if place is None else repr(texts.word(index))
@@ -172,13 +170,13 @@ def _aim(
         chosen %= len(scores)
     else:
         chosen = first if asking.target is None else _token(asking.target, texts, len(scores), "target")
-    said = f"predicted {name(first)} ({percent(float(chance[first]))})"
-    said += "" if chosen == first else f"; explained: {name(chosen)} ({percent(float(chance[chosen]))})"
+    said = f"predicted {name(first)} ({words(float(values[first]))})"
+    said += "" if chosen == first else f"; explained: {name(chosen)} ({words(float(values[chosen]))})"
     facts: dict[str, Any] = {
         word: {
             "token" if place is not None else "class": index,
             "name": name(index),
-            "probability": float(chance[index]),
+            what: float(values[index]),
         }
         for word, index in (("predicted", first), ("explained", chosen))
     }

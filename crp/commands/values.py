@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from crp.commands.errors import CommandError
+from crp.wording import percent
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_value(word: str) -> Any:
@@ -29,6 +33,15 @@ def _read_settings(words: Iterable[str], option: str, form: str) -> dict[str, An
             raise CommandError(f"{option} {word!r} must be {form}")
         found[name] = read_value(value)
     return found
+
+
+def _values_of(scores: Tensor, exclusive: bool) -> tuple[Tensor, str, Callable[[float], str]]:
+    """Probabilities of classes that exclude each other, or a score as it is; what they are called, and their words."""
+    from crp.engine.probabilities import probabilities
+
+    if exclusive and len(scores) > 1:  # (a single output may be of anything)
+        return probabilities(scores[None])[0], "probability", percent
+    return scores, "score", "score {:.4g}".format
 
 
 def _plain(text: str) -> str:

@@ -259,7 +259,7 @@ MULTI_LABEL = {"list": as_list, "hot": _as_hot}
 
 def gives_pictures(pairs: Pairs | Decoded) -> bool:
     """Whether the data of a dataset's items are pictures, of which those of Pillow are prepared."""
-    if isinstance(pairs, Decoded):
+    if isinstance(pairs, Decoded) or isinstance(pairs.dataset, Pictures):  # (also where none can be read)
         return isinstance(pairs.dataset, Pictures)
     return bool(_first_item(Pairs(pairs.dataset, pairs.data, None, _is_picture), [False])[0])
 

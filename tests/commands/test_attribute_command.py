@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def net():
 
 ready = net()
 number = 3
+one = lambda: nn.Sequential(ready[:4], nn.Linear(4, 1))
 grey = lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
 tokens = lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
 
@@ -154,6 +156,14 @@ def test_as_many_classes_are_named_as_the_model_has(place, n):
     result = attribute("--classes", "names.txt")
     assert result.exit_code == 1 and not (place / "out.png").exists()
     assert f"--classes names.txt names {n} classes, and the model has 3 outputs" in result.output
+
+
+def test_a_single_output_is_no_probability(place, monkeypatch):
+    seen = drawn(monkeypatch)
+    result = attribute("--json", model="nets_of_mine:one")
+    facts = json.loads(result.output)
+    assert facts["predicted"].keys() == {"class", "name", "score"} == facts["explained"].keys()
+    assert seen["title"] == f"predicted: class 0 (score {facts['predicted']['score']:.4g})"
 
 
 def test_a_picture_is_written_as_a_whole_or_not_at_all(place, monkeypatch):

@@ -24,13 +24,15 @@ from PIL import Image
 from torch import nn
 
 from crp.attribution import CondAttribution
+from crp.commands.errors import CommandError
+from crp.commands.mine import _check_outputs
 from crp.commands.processes import _part
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.errors import InputError, LoadingError
 from crp.visualization import models
 from crp.visualization.mining.run import mine
-from crp.visualization.models import Loaded, find_class
+from crp.visualization.models import Loaded, find_class, load_model
 from crp.visualization.prepared import Normalized, Prepared
 from crp.visualization.sources import MULTI_LABEL, load_source
 from crp.visualization.table.lock import get_owners, locked
@@ -555,6 +557,23 @@ def test_outputs_and_class_folders_must_be_as_many(folder: Path, here: Path) -> 
     assert recipe["class_names"] == ["x", "a", "y", "c", "b", "z"]
     assert recipe["dataset"]["named"] == str(folder.resolve()) and recipe["command"]["classes"] == str(here / "names")
     assert crp("mine", *options, "--targets", "prediction", "--overwrite").exit_code == 0
+    with pytest.raises(CommandError, match="the model names 1 class and has 6 outputs: name these by --classes"):
+        _check_outputs(replace(load_model("words:six"), classes=["a"]), 6, "label", {"a": 0}, folder)
+
+
+@pytest.mark.filterwarnings("ignore:12 samples were skipped")
+def test_a_run_that_skips_all_samples_has_failed(here: Path) -> None:
+    (here / "words.py").write_text(MODULE + "lost = Items(lambda x, y: (x * torch.nan, y))\n")
+    result = of_items("lost", "out", "--on-error", "skip")
+    assert result.exit_code == 1 and "Error: nothing was mined: 12 samples skipped (" in result.output
+
+
+def test_a_folder_holds_pictures_also_where_none_can_be_read(folder: Path, here: Path) -> None:
+    for picture in folder.rglob("*.png"):
+        picture.write_bytes(b"no picture")
+    options = ["--data", folder, "--size", "8", "--targets", "prediction", "--out", "out", "--quiet"]
+    result = crp("mine", "--model", "words:pooled", "--layers", "0", *options)
+    assert result.exit_code == 1 and "a/1.png is no picture that can be read" in result.output, result.output
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,19 @@ def test_the_box_holds_the_share_of_the_relevance(spot):
     assert relevant_box(-spot.clamp(min=0)) == (0, 64, 0, 64)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_the_relevant_box_holds_its_share_and_little_more(share):
+    heatmap = torch.rand(40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 4
+    values = blurred(heatmap.numpy(), 0.02)
+    top, bottom, left, right = relevant_box(heatmap, share, margin=0)
+    assert values[top:bottom, left:right].sum() >= share * values.sum()
+    for axis, first, last in ((1, top, bottom), (0, left, right)):
+        along = values.sum(axis) / values.sum()
+        for outside, side in ((first, along), (len(along) - last, along[::-1])):
+            assert side[:outside].sum() <= (1 - share) / 4 + 1e-12
+            assert side[: outside + 2].sum() >= (1 - share) / 4 - 1e-12  # (with the row that is left beside it)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [(1, 1), (7, 30), (64, 48)])
 def test_every_form_has_the_size_of_the_picture(form, size):

@@ -91,6 +91,24 @@ def test_figures_show_every_letter_within_the_columns() -> None:
     assert faces[0][2] > faces[0][0] and faces[len(pieces) - 1][0] > faces[len(pieces) - 1][2]
 
 
+def test_figures_mark_tokens_where_they_stand() -> None:
+    text = TextHeatmap(("<s>", "The\n", "cat", " sat"), np.array([0, 2.0, -1, 0.5]), frozenset({0}), 3, 1)
+    (axes,) = plot_texts([TextHeatmap(("up",)), text]).axes
+    boxes, words = axes.patches[1:], axes.texts[1:]
+    for box, word in zip(boxes, words, strict=True):
+        x, y = word.get_position()
+        assert box.get_x() == x and box.get_width() == len(word.get_text())
+        assert box.get_y() < y < box.get_y() + box.get_height()
+    assert [box.get_edgecolor()[3] for box in boxes] == [1, 0, 0, 0]
+    under, behind = ([line.get_xdata(), line.get_ydata()] for line in axes.lines)
+    (the, right), (low, also_low) = under
+    assert (the, right) == (boxes[1].get_x(), boxes[1].get_x() + boxes[1].get_width())
+    assert low == also_low and words[1].get_position()[1] < low < words[2].get_position()[1]
+    (end, also_end), (top, bottom) = behind
+    assert end == also_end == boxes[3].get_x() + boxes[3].get_width()
+    assert (top + bottom) / 2 == words[3].get_position()[1]
+
+
 @pytest.mark.parametrize("words", [(), ("a", "b")], ids=["empty", "zeros"])
 def test_texts_without_relevance_have_no_colour(words: tuple[str, ...]) -> None:
     text = TextHeatmap(words, np.zeros(len(words)))

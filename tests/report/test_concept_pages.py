@@ -14,10 +14,11 @@ from report_cases import NAMES, Parsed, report
 from zennit.composites import EpsilonPlus
 
 from crp.visualization import FeatureVisualization
-from crp.visualization.report.facts import get_facts
-from crp.visualization.report.graphs import DrawnNode, draw_columns
-from crp.visualization.report.maps import square_map
-from crp.visualization.table.ranking import top_k
+from crp.visualization.analysis import RowSelection, similarity
+from crp.visualization.report.facts import concepts_of_samples, get_facts
+from crp.visualization.report.graphs import DrawnNode, _draw_histogram, draw_columns
+from crp.visualization.report.maps import read_facts, square_map
+from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
 from crp.wording import percent
 
@@ -95,6 +96,18 @@ def test_pictures_are_described_by_what_they_are_shown_for(fv, atlas):
             assert all(one.endswith(f"where second {concept} {what}") for one in described), heading
 
 
+def test_similar_concepts_are_those_whose_relevance_goes_along(fv, atlas):
+    cosine = similarity(fv.path, RowSelection("second", "relevance"))
+    shown = 0
+    for concept in range(5):
+        part = (atlas / f"concept/second/{concept}.html").read_text().partition("<h2>Similar concepts</h2>")[2]
+        chips = re.findall(r"<span>(\d)<small>(.*?) alike</small>", part)
+        order = [other for other in np.argsort(-cosine[concept], kind="stable").tolist() if other != concept]
+        assert chips == [(str(o), percent(cosine[concept, o])) for o in order if cosine[concept, o] > 0.05]
+        shown += len(chips)
+    assert 0 < shown < 20
+
+
 def test_what_a_concept_does_is_told_once(fv, atlas):
     told = [Parsed(atlas / f"concept/second/{i}.html").text.lower().count("switched off") for i in range(5)]
     assert max(told) == 1
@@ -126,6 +139,55 @@ def test_links_of_a_graph_tell_their_layer(atlas, page):
     assert graph.count("<a ") == len(links)
 
 
+def test_graphs_tell_what_references_hand_down(fv, atlas):
+    """A concept's own share is the mean over its references; of one above, it counts as much as that one does."""
+    means = class_means(Table.open(fv.path), "second")
+    mean = (means.value * means.rows[:, None]).sum(0) / means.rows.sum()
+    above = {lower: [] for lower in range(4)}
+
+    def side(layer: str, concept: int, other: str) -> tuple[list[int], list[float]]:
+        text = (atlas / f"concept/{layer}/{concept}.html").read_text()
+        graph = text.partition('<svg class="graph"')[2].partition("</svg>\n<p")[0]
+        widths = [float(width) for width in re.findall(r'<path [^>]*stroke-width="([\d.]+)"', graph)]
+        found = [int(n) for n in re.findall(rf'aria-label="{other} · (\d+)"', graph)]
+        return found, widths[-len(found) :] if other == "first" else widths[: len(found)]
+
+    def expected(shares: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+        most = max(abs(share) for _, share in shares)
+        return [one for one, _ in shares], [round(1 + 9 * abs(share) / most, 1) for _, share in shares]
+
+    for concept in range(5):
+        best = top_k(Table.open(fv.path), "second", k=3).value[:, concept]
+        rows = read_facts(atlas / f"maps/second/{concept}.png")["rows"][: np.count_nonzero(best)]
+        known, total = [dict(below) for _, below, *_ in rows if below], {}
+        for lower in {lower for below in known for lower in below}:
+            total[lower] = sum(below.get(lower, 0) for below in known) / len(known)
+        shares = sorted(total.items(), key=lambda one: -one[1])
+        assert side("second", concept, "first") == expected(shares)
+        for lower, share in shares:
+            above[lower].append((concept, share * mean[concept]))
+    for lower, shares in above.items():
+        assert side("first", lower, "second") == expected(sorted(shares, key=lambda one: -one[1]))
+
+
+def test_the_graph_of_a_sample_tells_shares_of_its_relevance(fv, atlas):
+    pages = sorted((atlas / "sample").glob("*.html"))[:4]
+    for page in pages:
+        sample, target = int(page.stem), int(page.stem) % 3
+        top = concepts_of_samples(Table.open(fv.path), "second", {sample: target}, 4)[sample]
+        rows = read_facts(atlas / f"maps/samples/{sample}.{target}.png")["rows"][1:]
+        below = [dict(row[1]) for row in rows]
+        wanted = {n: sum(s * part.get(n, 0) for (_, s), part in zip(top, below, strict=True)) for n in range(4)}
+        kept = [n for n in sorted(wanted, key=lambda n: -wanted[n]) if any(n in part for part in below)]
+        graph = page.read_text().partition('<svg class="graph"')[2].partition('<p class="note">')[0]
+        assert re.findall(r'aria-label="first · (\d+)"', graph) == [str(n) for n in kept]
+        widths = []
+        for (_, share), (_, parts, *_) in zip(top, rows, strict=True):
+            widths += [share * part / top[0][1] for part in (1, *dict(parts).values())]
+        drawn = re.findall(r'<path [^>]*stroke-width="([\d.]+)"', graph)
+        assert drawn == [str(round(1 + 9 * width, 1)) for width in widths]
+
+
 def test_bars_are_drawn_beside_their_numbers_for_the_eye_alone(fv, atlas):
     bars = [
         attributes
@@ -134,6 +196,9 @@ def test_bars_are_drawn_beside_their_numbers_for_the_eye_alone(fv, atlas):
         if tag == "svg" and attributes.get("class") == "bar"
     ]
     assert bars and all(bar["aria-hidden"] == "true" and "aria-label" not in bar for bar in bars)
+    pages = "".join(page.read_text() for page in atlas.rglob("*.html"))
+    widths = re.findall(r'<svg class="bar"[^>]*><rect[^>]* width="([\d.]+)%"', pages)
+    assert len(widths) == len(bars) and max(map(float, widths)) == 100, "the longest is the largest"
 
 
 def test_rounding_is_no_negative_relevance(fv):
@@ -156,6 +221,25 @@ def test_words_of_a_graph_are_not_cut_and_curves_begin_behind_them():
     assert edge.x0 == min(word + half + 5, (word + picture) / 2) and edge.x2 == picture
     short = draw_columns([{"y": DrawnNode("8")}, columns[1]], {("y", 1): 0.5}, (45, 165), 210)
     assert [x for x, _, _ in short["nodes"]] == [45, 165] and short["width"] == 210
+
+
+def test_nodes_of_a_graph_stand_below_each_other_and_curves_end_at_them():
+    columns = [{"y": DrawnNode("8")}, {i: DrawnNode(str(i), picture="data:,") for i in range(3)}]
+    graph = draw_columns(columns, {("y", 0): 1.0, ("y", 2): -0.5}, (45, 165), 210)
+    (_, middle, _), *others = graph["nodes"]
+    ys = [y for _, y, _ in others]
+    assert ys[0] >= 23 and ys[-1] + 36 <= graph["height"], "pictures and what is written below them are in it"
+    assert ys[1] - ys[0] == ys[2] - ys[1] > 46 and middle == ys[1]
+    assert [(e.y0, e.y1, e.x2, e.width, e.against) for e in graph["edges"]] == [
+        (middle, ys[0], 165, 10, False),
+        (middle, ys[2], 165, 5.5, True),
+    ]
+
+
+def test_bars_of_a_histogram_are_roots_of_counts():
+    drawn = _draw_histogram(np.array([0, 1, 4, 16]), "a", "b", [0.25])
+    assert drawn["bars"] == [(105.0, 73.0, 23.0), (210.0, 50.0, 46.0), (315.0, 4.0, 92.0)]
+    assert (drawn["low"], drawn["high"], drawn["ticks"]) == ("a", "b", [105.0])
 
 
 def test_the_thickest_curve_of_a_graph_is_the_largest_share_whatever_its_sign(atlas):

@@ -13,8 +13,8 @@ from zennit.composites import EpsilonPlus
 
 from crp.audit import Prototypes, clusters, save_clusters
 from crp.visualization.report import write_report
-from crp.visualization.report.kept import PAGED
-from crp.visualization.table.derived import KEPT_KINDS, keep_result, read_kept
+from crp.visualization.report.kept import PAGED, changed_how
+from crp.visualization.table.derived import KEPT_KINDS, KeptResult, keep_result, read_kept
 from crp.visualization.table.store import Table
 from crp.wording import percent
 
@@ -46,6 +46,7 @@ def test_every_kind_has_a_page_that_the_overview_links(found):
     assert set(PAGES.values()) <= links_to(folder / "index.html", folder)
     text = Parsed(folder / "index.html").text
     assert "How classes are predicted" in text and "Clusters of apple" in text
+    assert all("more concept" not in (folder / page).read_text() for page in PAGES.values()), "all are listed"
     parts = [f"{size} samples with more of concept {c} ({d:+.3f})" for size, (c, d) in zip(
         results["clusters"].sizes, (results["clusters"].strongest(i)[0] for i in (0, 1)), strict=True
     )]  # fmt: skip
@@ -129,6 +130,8 @@ def test_samples_of_several_classes_say_for_which_they_are_explained(tmp_path):
             assert set(others) <= {name}  # (those have no words beside them)
             n_told += first != name
     assert n_told
+    told = "".join(page.read_text() for page in (folder / "concept" / "second").glob("*.html"))
+    assert all(f"in cluster {i} of {name}<" in told for i in (0, 1) for name in NAMES[:2])
 
 
 def test_a_single_cluster_is_compared_with_no_others(tmp_path):
@@ -188,6 +191,19 @@ def test_interventions_are_listed_by_what_the_output_loses(found):
         assert re.findall(r'class="num">([^<]+)<', row) == [f"{relevance[i]:.3g}", f"{change[i]:+.3g}"]
     assert f"<b>{tested.agreement:.2f}</b>" in text and "was switched off" in text
     assert text.partition('class="points"')[2].partition("</svg>")[0].count("<circle") == len(change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"scale": 0.0}, "switched off"),
+        ({"scale": 2.0}, "multiplied by 2"),
+        ({"scale": 1.0, "patched": True}, "patched from other samples"),
+        ({"scale": 0.5, "patched": True}, "patched from other samples and multiplied by 0.5"),
+    ],
+)
+def test_what_was_done_to_a_concept_is_told(settings, words):
+    assert changed_how(KeptResult("interventions", "second", None, "", settings, {})) == words
 
 
 def test_context_is_listed_by_what_is_outside_of_the_object(found):

@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,22 +24,24 @@ from zennit.composites import EpsilonPlus
 from crp.composites import EpsilonPlus as OwnEpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept
 from crp.errors import InputError
+from crp.image.colours import as_picture, resized
 from crp.visualization.report import (
     Finding,
     drawing,
     make_tile,
+    pages,
     picture_drawing,
     picture_rows,
     unfinished,
     write_report,
 )
 from crp.visualization.report.addresses import Addresses, slug
-from crp.visualization.report.drawing import scores
+from crp.visualization.report.drawing import Row, scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
 from crp.visualization.report.options import ReportOptions
-from crp.visualization.report.picture_drawing import PictureDrawer
+from crp.visualization.report.picture_drawing import PictureDrawer, picture_file
 from crp.visualization.report.render import _breaking, counted
-from crp.visualization.report.suspects import find_suspects
+from crp.visualization.report.suspects import _parts_of_pictures, find_suspects
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
 from crp.wording import percent
@@ -72,6 +75,18 @@ def test_there_is_a_page_for_every_class_layer_concept_and_reference(fv, atlas):
         least = top_k(table, layer, k=2, least=True)
         wanted |= {f"sample/{i}.html" for i, v in zip(least.sample.flat, least.value.flat, strict=True) if v < 0}
     assert {name for name in files(atlas) if name.endswith(".html")} == wanted
+
+
+def test_captions_tell_right_and_wrong_predictions(fv, atlas):
+    chances, kinds = fv.attribution.model(fv.dataset.data).softmax(1).detach(), set()
+    pages = "".join(page.read_text() for page in (atlas / "class").glob("*.html"))
+    for caption, sample in re.findall(r"<figcaption>((?:<span[^>]*>[^<]*</span>)*<span>sample (\d+)</span>)", pages):
+        best, label = int(chances[int(sample)].argmax()), fv.dataset.labels[int(sample)]
+        word = f"{NAMES[best]} {percent(float(chances[int(sample), best]))}</span>"
+        right, wrong = f'<span class="ok">✓ {word}', f'<span>{NAMES[label]}</span><span class="bad">✗ {word}'
+        assert caption.startswith(right if best == label else wrong)
+        kinds.add(best == label)
+    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("layer", ["first", "second"])
@@ -565,6 +580,22 @@ def test_tiles_have_a_size_in_pixels(fv, size):
 # ---- parts
 
 
+def test_a_wide_layer_is_in_parts_which_tell_what_they_leave_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "CARDS", 2)
+    net = make_net()
+    with torch.no_grad():
+        net.hidden.weight[:, 2 * 9 : 3 * 9] = 0  # (nothing comes back to channel 2)
+    fv = mined(tmp_path, net=net, layers=["second"])
+    atlas = report(fv, tmp_path / "out", n_references=1, n_negative=0, n_mean=0, n_sample_concepts=0)
+    means = class_means(Table.open(fv.path), "second")
+    order = np.argsort(-(means.value * means.rows[:, None]).sum(0), kind="stable").tolist()
+    for part, name in enumerate(("second", "second-part2", "second-part3")):
+        text, chosen = (atlas / f"layer/{name}.html").read_text(), order[2 * part : 2 * part + 2]
+        assert re.findall(r'data-number="(\d+)"', text) == [str(concept) for concept in chosen if concept != 2]
+        assert ("1 concept here is relevant for no sample, and left out." in text) == (2 in chosen)
+        assert re.findall(r'class="chip word"[^>]*>([^<]+)<', text) == ["1 to 2", "3 to 4", "5 to 5"]
+
+
 def test_the_search_tells_shares_as_pages_do(fv, atlas):
     index = json.loads(re.search(r'id="index"[^>]*>(.*?)</script>', (atlas / "search.html").read_text())[1])
     for layer, _, _, shares in index["layers"]:
@@ -610,6 +641,73 @@ def test_the_colours_of_a_map_are_those_of_the_pictures(tmp_path):
     assert read_facts(tmp_path / "m.png") == {"key": "k"}
 
 
+def test_what_was_drawn_of_something_else_is_drawn_again(fv, tmp_path):
+    for identity, is_drawn in (("one model", False), ("one model", True), ("another", False)):
+        drawer = PictureDrawer(fv, EpsilonPlus(), ["second"], tmp_path, identity, ReportOptions())
+        (job,) = drawer.files({"maps/one.png": [Row(0, 0)]}, (0, 1))
+        assert drawer.is_drawn(job) == is_drawn
+        assert list(drawer.draw([job]))[-1] == 1
+
+
+def test_the_mean_of_a_class_is_that_of_all_its_batches(fv, tmp_path):
+    samples = [0, 3, 6]
+    drawer = PictureDrawer(fv, EpsilonPlus(), ["second"], tmp_path, "", ReportOptions(batch_size=2))
+    drawer.draw_mean(0, samples)
+    shown = drawer.mean(0, "")
+    assert shown.lines == [("mean over 3 samples", "")]
+    with Image.open(tmp_path / shown.picture) as picture:
+        wanted = np.mean([as_picture(fv.dataset.data[i])[..., 0] for i in samples], axis=0)
+        assert np.abs(np.asarray(picture) / 255 - wanted).max() <= 0.5 / 255 + 1e-9
+    heat = fv.attribution(fv.dataset.data[samples], [{"y": [0]}], EpsilonPlus()).heatmap.detach()
+    mean = (heat / heat.abs().sum((1, 2), keepdim=True)).mean(0).numpy()
+    with Image.open(tmp_path / shown.maps) as image:
+        assert np.abs((np.asarray(image, int) - 127) / 127 - square_map(mean, 64)).max() <= 0.5 / 127 + 1e-6
+
+
+def test_pages_tell_for_which_classes_a_concept_speaks(fv, atlas):
+    means = class_means(Table.open(fv.path), "second")
+    value, mean = means.value, (means.value * means.rows[:, None]).sum(0) / means.rows.sum()
+    layer = (atlas / "layer/second.html").read_text()
+    cards = dict(re.findall(r'data-number="(\d+)">(.*?)</figure>', layer, re.DOTALL))
+    orders = re.findall(r'data-share="(.*?)" data-specific="(.*?)" .*? data-number="(\d+)"', layer)
+    assert sorted(cards) == sorted(number for *_, number in orders) == list("01234")
+    for share, specific, number in orders:
+        concept = int(number)
+        most = value[:, concept].argmax()
+        assert f"{percent(mean[concept])}, most for {NAMES[most]}" in cards[number]
+        assert float(share) == pytest.approx(mean[concept], abs=1e-6)
+        assert float(specific) == pytest.approx(value[most, concept] / max(mean[concept], 1e-9), rel=1e-3, abs=1e-3)
+        page = atlas / f"concept/second/{number}.html"
+        text = Parsed(page).text
+        order = np.argsort(-value[:, concept], kind="stable").tolist()
+        best = " and ".join(NAMES[row] for row in order[:2] if value[row, concept] > 0)
+        told = f"Carries {percent(mean[concept])} of the relevance of an average sample"
+        assert told + (f"; most of it for {best}." if best else ".") in text
+        rank = int((value[most] > value[most, concept]).sum()) + 1
+        for words in (f"{percent(value[most, concept])}of the relevance of", f"#{rank} of 5for"):
+            assert f"{words} {NAMES[most]}" in text
+        table = page.read_text().partition("<h2>Share of the relevance</h2>")[2].partition("</table>")[0]
+        assert re.findall(r'class/(\d)\.html">\w+</a>.*?class="num">(.*?)<', table) == [
+            (str(row), percent(value[row, concept])) for row in order
+        ]
+
+
+def test_large_pictures_are_made_smaller_and_small_ones_lose_nothing():
+    down, across = torch.linspace(0, 1, 160)[:, None], torch.linspace(0, 1, 80)
+    whole = torch.stack([down.expand(160, 80), across.expand(160, 80), down * across])
+    for picture, size, suffix, shape in (
+        (whole, 100, "webp", (50, 100)),
+        (whole[:, ::4], 100, "webp", (80, 40)),
+        (whole[:, :60, :30], 100, "png", (30, 60)),
+    ):
+        content, found = picture_file(picture, size)
+        with Image.open(io.BytesIO(content)) as shown:
+            assert (found, shown.size) == (suffix, shape)
+            pixels = np.asarray(shown.convert("RGB"), float) / 255
+        wanted = resized(np.asarray(picture.mean(0)), shape[::-1])
+        assert np.abs(pixels.mean(-1) - wanted).max() < (0.05 if suffix == "webp" else 0.005)
+
+
 def test_a_crop_is_a_square_around_the_relevance():
     heatmap = np.zeros((100, 50))
     heatmap[80:90, 10:20] = 1
@@ -627,6 +725,21 @@ def test_probabilities_are_given_only_where_they_are_some():
     assert scores(rounded, [2])[0] == [float(rounded[0, 2])]
     assert scores(torch.tensor([[7.0]]), [0]) == ([7.0], [None])
     assert scores(torch.zeros(1, 2, 3), [0]) == ([None], [None])
+
+
+def test_parts_of_pictures_are_called_by_their_place():
+    parts, (height, width) = _parts_of_pictures("layer", 8, 12, (4, 4)), (8, 12)
+    places = [(0, 0), (0, 11), (7, 0), (height - 1, width - 1), (2, 3), (5, 11), (1, 8)]
+    block = SimpleNamespace(position=np.array([[row * width + column for row, column in places]]))
+    assert [parts.name(cell) for cell in parts.of(block)[0].tolist()] == [
+        "at the top left",
+        "at the top right",
+        "at the bottom left",
+        "at the bottom right",
+        "in row 2 of 4, column 2 of 4",
+        "in row 3 of 4 right",
+        "at the top, column 3 of 4",
+    ]
 
 
 def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):

@@ -46,6 +46,16 @@ def test_the_error_is_that_of_the_channels_left_out(tmp_path, kept):
         assert sentence in Parsed(folder / page).text
 
 
+def test_the_error_is_compared_with_the_layers_output_and_not_with_the_difference(tmp_path):
+    net = make_net()
+    half = SimpleNamespace(encode=lambda activation: activation, decode=lambda latents: latents / 2)
+    with splice(net, "second", half) as names:
+        fv = make_fv(tmp_path, net=net, layers=[names.code])
+        fv.run(EpsilonPlus(), 0, 3, progress=False)
+        found = unexplained_of(fv, EpsilonPlus(), Table.open(fv.path), [names.code])[names.code]
+    assert found == (pytest.approx(0.25), pytest.approx(0.5), 3)
+
+
 def test_other_layers_are_no_latents():
     net = make_net()
     with splice(net, "second", dictionary(2)) as names:

@@ -23,6 +23,8 @@ from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts, write_report
 from crp.visualization.report import Finding
 from crp.visualization.report.addresses import slug
+from crp.visualization.report.drawing import Row
+from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.table.ranking import class_means, list_targets
 from crp.wording import percent
@@ -148,6 +150,19 @@ def test_what_is_there_is_kept_and_one_file_holds_all(fv: FeatureVisualization, 
     assert content.count('class="page') == 1 + 1 + 1 + 1 + 8 + sum(numbers)
     with pytest.raises(ValueError, match="texts have no maximized pictures"):
         write_report(fv, None, tmp_path / "out", n_maximized=1)
+
+
+def test_what_was_drawn_of_something_else_is_drawn_again(fv: FeatureVisualization, tmp_path: Path) -> None:
+    def heatmap(composite: Any, identity: str, is_drawn: bool) -> list[float]:
+        drawer = TextDrawer(fv, composite, list(LAYERS), tmp_path, identity, ReportOptions())
+        (job,) = drawer.files({"one": [Row(0, 3)]}, (0, 1))
+        assert drawer._is_drawn(job) == is_drawn
+        assert list(drawer.draw([job])) == [1]
+        return drawer._found[job.rows[0]][0].tolist()
+
+    first = heatmap(AttnLRP(), "attn_lrp", False)
+    assert heatmap(AttnLRP(), "attn_lrp", True) == first
+    assert heatmap(None, "gradient", False) != first
 
 
 def test_a_class_shows_its_concepts_and_texts_and_findings_are_said(fv: FeatureVisualization, tmp_path: Path) -> None:

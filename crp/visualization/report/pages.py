@@ -215,8 +215,8 @@ class Atlas:
                 suspicion[one.concept] = max(suspicion[one.concept], one.score)
         n_parts = max(1, -(-len(order) // CARDS))
         for part in range(n_parts):
-            cards = []
-            for concept in order[part * CARDS : (part + 1) * CARDS]:
+            cards, chosen = [], order[part * CARDS : (part + 1) * CARDS]
+            for concept in chosen:
                 best = int(facts.shares.value[:, concept].argmax()) if len(facts.shares.targets) else 0
                 most = self.class_name(int(facts.shares.targets[best])) if len(facts.shares.targets) else ""
                 lines = [(f"{percent(float(mean[concept]))}, most for {most}", "")]
@@ -230,12 +230,14 @@ class Atlas:
                         "number": concept,
                     }
                     cards.append((card, orders))
+            n = len(chosen) - len(cards)
+            left_out = f" {counted(n, 'concept here is', 'concepts here are')} relevant for no sample, and left out."
             labels = [f"{p * CARDS + 1} to {min(len(order), (p + 1) * CARDS)}" for p in range(n_parts)]
             page = {
                 "name": layer,
                 "trail": [("Atlas", "index.html"), (layer, "")],
-                "lead": f"{counted(len(order), 'concept')}, those with the largest share of the relevance first. "
-                f"{'' if len(cards) else 'None of them is relevant for any sample.'}",
+                "lead": f"{counted(len(order), 'concept')}, those with the largest share of the relevance first."
+                + left_out * (n > 0),
                 "parts": [(text, self.addresses.layer(layer, p), p == part) for p, text in enumerate(labels)],
                 "notes": self.notes(layer),
                 "slug": slug(f"{layer}-{part}"),

@@ -116,7 +116,7 @@ class PictureDrawer(Drawer):
         fv, image, heat = self.fv, None, None
         for start in range(0, len(samples), self.options.batch_size):
             data = [self.data(sample) for sample in samples[start : start + self.options.batch_size]]
-            if len({one.shape for one in data}) > 1 or (image is not None and image.shape != data[0].shape):
+            if len({one.shape for one in data}) > 1 or (image is not None and image.shape[1:] != data[0].shape[1:]):
                 return  # pictures of several sizes have no mean
             stacked = fv._prepare_each(torch.stack(data).to(fv.device)).detach()
             found = fv.attribution(stacked, [{fv.attribution.MODEL_OUTPUT_NAME: [target]}], self.composite).heatmap
