@@ -111,6 +111,7 @@ class DeepLift(Composite):
             (Having.of("maximum"), MaxPool()),
             (Functions(("batch_norm",)), BatchNorm()),
             (Having.of("bilinear"), ProductDifference()),
+            (Kind("product"), ProductDifference()),  # (such as a linear layer whose weight depends on the input)
             (Having.of("quotient"), QuotientDifference()),
             (Having.of("statistics"), NormalizationDifference()),
             (Having.of("softmax"), SoftmaxDifference()),
