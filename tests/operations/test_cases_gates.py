@@ -212,6 +212,16 @@ def test_two_gates_share_their_product(name):
     assert off(maps(model, DATA, whole), maps(model, DATA, UniformEpsilon(gates="split"))) <= 1e-12
 
 
+@pytest.mark.parametrize("preset", ["epsilon", "epsilon_plus", "gamma"])
+def test_a_gated_linear_unit_is_no_gate(preset):
+    """Beside another factor, it is the product that it is when it is written out."""
+    one, other = (
+        seeded(Gated(lambda n, a, unit=unit: unit(torch.cat([a, n], 1)) * a.flip(1)))
+        for unit in (F.glu, lambda x: x.chunk(2, 1)[0] * torch.sigmoid(x.chunk(2, 1)[1]))
+    )
+    assert_same_map(one, other, DATA, LRP_PRESETS[preset]())
+
+
 class GRU(nn.Module):
     """Gated recurrent unit of three gates over (n, steps, 6), by the spelling of its last line: (n, 3)."""
 
