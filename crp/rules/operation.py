@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from crp.layers.devices import holds
 from crp.rules.functions import Function, _arguments_of, look_up
 from crp.rules.layer import changed
-from crp.rules.notes import FIRST, Born
+from crp.rules.notes import BORN, FIRST, Born
 from crp.rules.operands import NOTHING_SUMMED, Operands, _is_parameter
 from crp.rules.spellings import in_place
 from crp.trace.recorder import tensors_in
 
 _add, _sum, _largest = look_up(torch.add), look_up(torch.sum), look_up(torch.amax)
 _scaling = replace(
-    look_up(torch.einsum), kind="", properties=frozenset({"homogeneous", "linear"}), parse=None, keeps=FIRST
+    look_up(torch.einsum), kind="", properties=frozenset({"homogeneous", "linear"}), parse=None, keeps=FIRST | BORN
 )
 #: Functions of entries that an index chooses: the same, where the index holds tensors, which may depend on the data.
 _BY_TENSORS = {

@@ -84,6 +84,7 @@ GATES = {
     "scaled_in_place": lambda n, a: n * torch.sigmoid(a).mul_(0.7),
     "divided": lambda n, a: n * (torch.sigmoid(a) / 2),
     "scaled_by_a_tensor": lambda n, a: n * (torch.sigmoid(a) * torch.linspace(0.1, 1, 6).double()),
+    "scaled_by_einsum": lambda n, a: n * torch.einsum("bc,c->bc", a.sigmoid(), torch.linspace(0.1, 1, 6).double()),
     "negated": lambda n, a: n * -torch.sigmoid(a),
     "reshaped": lambda n, a: n * a.sigmoid().reshape(-1).view(3, 6),
     "transposed": lambda n, a: n * a.T.sigmoid().T,
