@@ -166,6 +166,22 @@ def test_a_gate_that_is_wide_open(kind):
 
 
 #: Products of a signal ``n`` and steps of ``a``, which have no derivative.
+#: Quotients, as products with one over the divisor: what is divided takes all, also where it is a gate.
+QUOTIENTS = {
+    "reciprocal": lambda n, a: n.sigmoid() * (1 + a.abs()).reciprocal(),
+    "power": lambda n, a: (1 + a.abs()) ** -1 * n.sigmoid(),
+    "broadcast": lambda n, a: n.mean(1, keepdim=True) * (1 / (1 + a.abs())),
+}
+
+
+@pytest.mark.parametrize("kind", [UniformEpsilon, EpsilonPlus, AttnLRP])
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_one_over_something_is_no_signal(name, kind):
+    """Neither beside a gate, nor beside what is broadcast."""
+    model, constant = seeded(Gated(QUOTIENTS[name])), seeded(Gated(held(QUOTIENTS[name])))
+    assert_same_map(model, constant, DATA, kind())
+
+
 STEPPED = {
     "round": lambda n, a: n * a.sigmoid().round(),
     "floor": lambda n, a: torch.floor(a) * n,

@@ -357,23 +357,23 @@ class SlowReference:
     def _is_held(self, i: int, j: int) -> bool:
         """Whether value i is held constant in a product with value j.
 
-        The one that is broadcast, or else squashed, or else one over something, or else made by an activation; only one
-        over something where gates are split.
+        The one over something, or else the gate, where gates are held constant: the one that is broadcast, or else
+        squashed, or else made by an activation.
         """
-        broadcast, other = self._shape(i) != self._widest(i, j), self._shape(j) != self._widest(i, j)
         divides = self.dividing[i], self.dividing[j]
-        if self.method.gates == "split" or broadcast != other:
-            if None in divides and self.method.gates == "split":
-                raise Doubtful("what divides depends on how it is written")
-            return bool(divides[0] and not divides[1]) if self.method.gates == "split" else broadcast
-        if None in (self.squashed[i], self.squashed[j]):
-            raise Doubtful("what is a gate depends on how it is written")
-        if self.squashed[i] != self.squashed[j]:
-            return bool(self.squashed[i])
         if None in divides:
             raise Doubtful("what divides depends on how it is written")
         if divides[0] != divides[1]:
             return bool(divides[0])
+        if self.method.gates == "split":
+            return False
+        broadcast, other = self._shape(i) != self._widest(i, j), self._shape(j) != self._widest(i, j)
+        if broadcast != other:
+            return broadcast
+        if None in (self.squashed[i], self.squashed[j]):
+            raise Doubtful("what is a gate depends on how it is written")
+        if self.squashed[i] != self.squashed[j]:
+            return bool(self.squashed[i])
         if None in (self.activated[i], self.activated[j]):
             raise Doubtful("what is an activation depends on how it is written")
         return bool(self.activated[i]) and not self.activated[j]
