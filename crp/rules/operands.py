@@ -152,7 +152,7 @@ def _einsum(
         return function(equation, list(operands)) if listed else function(equation, *operands)  # type: ignore[no-any-return]
 
     dependent = [operand for operand in operands if depends(operand)]
-    if len(dependent) != 1 or len(operands) < 2:
+    if len(dependent) != 1:
         return None
     (a,) = dependent
     place = next(i for i, operand in enumerate(operands) if operand is a)
@@ -160,6 +160,8 @@ def _einsum(
     axes, result = _axes(equation, operands)
     if {*axes[place]} <= {*result} and len({*axes[place]}) == len(axes[place]):
         return NOTHING_SUMMED
+    if not constants:
+        return None
     if len(constants) == 1:
 
         def run(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

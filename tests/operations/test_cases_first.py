@@ -241,6 +241,7 @@ SCALE, ROWS = torch.tensor([0.5, 2.0, -1.5], dtype=torch.float64), torch.arange(
 COPIES = {
     "scaled": (lambda x: torch.einsum("bchw,c->bchw", x - 0.3, SCALE), lambda x: (x - 0.3) * SCALE[:, None, None]),
     "moved": (lambda x: torch.einsum("bchw,c->bcwh", x - 0.3, SCALE), lambda x: ((x - 0.3) * SCALE[:, None, None]).mT),
+    "turned": (lambda x: torch.einsum("bchw->bcwh", x - 0.3), lambda x: (x - 0.3).mT),
     "rows": (lambda x: stretched(x).index_copy(2, ROWS, x)[:, :, :8], lambda x: F.pad(x, (0, 0, 1, 0))[:, :, :8]),
     "part": (
         lambda x: torch.slice_scatter(stretched(x), x, 2, 1, 9)[:, :, :8],
