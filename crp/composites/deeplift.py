@@ -113,6 +113,7 @@ class DeepLift(Composite):
             (Functions(("batch_norm",)), BatchNorm()),
             (Kind("product"), ProductDifference()),
             (Having.of("bilinear"), ProductDifference()),
+            (Kind("product"), ProductDifference()),  # (such as a linear layer whose weight depends on the input)
             (Having.of("quotient"), QuotientDifference()),
             (Having.of("statistics"), NormalizationDifference()),
             (Having.of("softmax"), SoftmaxDifference()),

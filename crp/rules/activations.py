@@ -80,7 +80,9 @@ class Pass(Rule):
 
     def _scales_later(self, layer: Layer, y: Tensor) -> bool:
         """Whether the input is kept anyway, by the call's own gradient, so that the scale need not be."""
-        return self._account is None and y is layer.output and hasattr(y.grad_fn, "_saved_self")
+        # (one over a tensor, times a number, keeps that one)
+        is_kept = hasattr(y.grad_fn, "_saved_self") and layer.known.canonical != "rdiv"
+        return is_kept and self._account is None and y is layer.output
 
     def _scales_later_on(self, again: Layer, a: Tensor, borrowed: _Borrowed) -> list[Tensor]:
         """The scale: of the output, if the model's next operation has kept it, or else of the call once more."""

@@ -144,6 +144,10 @@ class _OfExponentials:
         """Whether nothing that it reads was changed in place since."""
         return all(made.versions == made._versions() for made in self.calls())
 
+    def one(self, number: int) -> _OfExponentials:
+        """The same of one of several results."""
+        return replace(self, function=lambda *args, **kwargs: self.function(*args, **kwargs)[number])
+
 
 def _replaced(known: Mapping[int, Tensor], tensor: Tensor) -> Tensor:
     return known.get(id(tensor), tensor)
@@ -235,7 +239,8 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
     is_summed = name in _SUMMING or op.known.parse is not None or any(made.is_summed for made in read)
     if not is_summed and name in ("add", "sub") and len(op.inputs) > 1:  # (of one tensor, they may be a tanh)
         exponents = _exponents(read)
-        is_summed = not exponents or notes.common(exponents) is None
+        is_whole = all(tensor.numel() == exponent.numel() for tensor in op.inputs for exponent in exponents)
+        is_summed = not exponents or not is_whole or notes.common(exponents) is None
     shares = {None} if leaves else {made.share for made in read if made.is_weighting}
     is_alone = len(read) == 1 and not leaves and op.known.has("elementwise") and not _inverts(op)
     return _OfExponentials(

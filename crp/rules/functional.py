@@ -122,15 +122,15 @@ class Gate(_Shared):
         def born_of(flags: int) -> list[bool]:
             return [bool(born & flags) for born in layer.born]
 
-        divides = born_of(Born.DIVISOR)
-        for marks in (divides, born_of(Born.ROUTED)):
-            if (held := only([mark and is_one for mark, is_one in zip(marks, broadcast, strict=True)])) is not None:
+        chooses = [mark and is_one for mark, is_one in zip(born_of(Born.ROUTED), broadcast, strict=True)]
+        for marks in (born_of(Born.DIVISOR), chooses):
+            if (held := only(marks)) is not None:
                 return held
         if (held := only(born_of(Born.SOFTMAX))) is not None:
             return held if self.attention == "constant" else None
         if self.mode == "split":
-            return only(divides)
-        kinds = (broadcast, born_of(Born.SQUASHED | Born.ROUTED), divides, born_of(Born.ACTIVATION))
+            return None
+        kinds = (broadcast, born_of(Born.SQUASHED | Born.ROUTED), born_of(Born.ACTIVATION))
         return next((held for marks in kinds if (held := only(marks)) is not None), None)
 
 

@@ -97,8 +97,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num selu silu sin sinh softshrink tan tanhshrink
         threshold""",
     ),
-    ("activation", "balanced identity rescaled elementwise gating", "erf tanh"),
-    ("activation", "balanced identity rescaled elementwise", "atan softsign"),
+    ("activation", "balanced identity rescaled elementwise gating", "atan erf softsign tanh"),
     ("activation", "identity rescaled elementwise gating", "rpow"),
     ("activation", "rescaled elementwise", "frac logaddexp logaddexp2 logit sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
@@ -162,8 +161,9 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous linear constant selects copies sign", "cat"),
     ("", "homogeneous linear constant selects copies", "dstack hstack pad stack vstack"),
     ("", "homogeneous linear constant selects", "copy setitem"),
-    ("", "homogeneous constant selects", "column_stack index_fill row_stack select_scatter slice_scatter"),
-    ("", "homogeneous constant selects indexes", "index_copy index_put masked_scatter scatter"),
+    ("", "homogeneous constant selects copies", "column_stack index_fill row_stack select_scatter slice_scatter"),
+    ("", "homogeneous constant selects copies indexes", "index_copy masked_scatter"),
+    ("", "homogeneous constant selects indexes", "index_put scatter"),
     ("", "homogeneous constant selection selects elementwise", "masked_fill where"),
     ("", "homogeneous constant", "fill put"),
     ("", "homogeneous linear", "conj fft_fftshift fft_ifftshift imag istft real stft view_as_complex view_as_real"),
@@ -334,7 +334,7 @@ def _described(name: str, is_attribute: bool = False) -> Function:
     gives |= Born.EXPONENTIAL if canonical in ("exp", "exp2", "rpow") else 0
     gives |= Born.LOGARITHM if canonical in ("log_softmax", "logsumexp") else 0
     gives |= Born.DIVISOR if canonical in ("rdiv", "reciprocal", "rsqrt") else 0
-    gives |= Born.ACTIVATION if kind == "activation" else 0
+    gives |= Born.ACTIVATION if kind == "activation" and "elementwise" in properties else 0  # (a GLU is a product)
     example = _MODULES.get(canonical, nn.Linear if kind == "dense" else None)
     known, parse = canonical in _ENTRIES, PARSERS.get(canonical)
     reads_first = canonical in ("expand_as", "reshape_as", "to", "type_as", "view_as")

@@ -280,7 +280,9 @@ class SeeingMode(TorchFunctionMode):
         elif result is not written:
             self.notes.add(result, flags, copied, below)
         if parts is not None:
-            self.notes.remember(result, parts)
+            several = isinstance(parts, _OfExponentials) and isinstance(result, tuple | list)
+            for number, item in enumerate(result if several else [written if result is None else result]):
+                self.notes.remember(item, parts.one(number) if several else parts)
         if op.known.canonical == "mul" and not op.overwrites:
             self.products.add(result, (*op.args, *op.kwargs.values()))
 

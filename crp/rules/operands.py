@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from string import ascii_letters
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -151,24 +152,22 @@ def _einsum(
         return function(equation, list(operands)) if listed else function(equation, *operands)  # type: ignore[no-any-return]
 
     dependent = [operand for operand in operands if depends(operand)]
-    if len(dependent) != 1 or len(operands) < 2:
+    if len(dependent) != 1:
         return None
     (a,) = dependent
     place = next(i for i, operand in enumerate(operands) if operand is a)
     constants = [operand for operand in operands if operand is not a]
-    left, _, right = equation.replace(" ", "").partition("->")
-    axes = left.split(",")
-    result = right if "->" in equation else "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
-    if {*axes[place]} - {"."} <= {*result} and len({*axes[place]} - {"."}) == len(axes[place].replace(".", "")):
+    axes, result = _axes(equation, operands)
+    if {*axes[place]} <= {*result} and len({*axes[place]}) == len(axes[place]):
         return NOTHING_SUMMED
+    if not constants:
+        return None
     if len(constants) == 1:
 
         def run(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             return call(equation, *((a, w) if place == 0 else (w, a)))
 
         return Operands(a, constants[0], None, run)
-    if "." in equation:
-        return None
     # Several constants are one weight: their product, with every axis that the input or the result has.
     rest = [axis for i, axis in enumerate(axes) if i != place]
     kept = "".join(dict.fromkeys(c for axis in rest for c in axis if c in axes[place] or c in result))
@@ -183,10 +182,9 @@ def _steps(equation: Any, *operands: Any) -> Callable[[], Tensor] | None:
     that are multiplied entry by entry are a product, which may be summed up.
     """
     tensors = list(operands[0]) if len(operands) == 1 else list(operands)
-    terms, arrow, result = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("", "", "")
-    axes = terms.split(",")
-    if "." in terms or not arrow or len(axes) < 2:
+    if not isinstance(equation, str) or len(tensors) < 2:
         return None
+    axes, result = _axes(equation, tensors)
     if len(axes) == 2:
         return _entry_by_entry(tensors, axes, result)
 
@@ -199,6 +197,22 @@ def _steps(equation: Any, *operands: Any) -> Callable[[], Tensor] | None:
         return cast(Tensor, product)
 
     return multiply
+
+
+def _axes(equation: str, tensors: Sequence[Tensor]) -> tuple[list[str], str]:
+    """Axes of operands and of the result of an einsum; letters stand for ``...``."""
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    axes = terms.split(",")
+    if not arrow:
+        result = "".join(sorted(c for c in {*terms} - {*",."} if terms.count(c) == 1))
+        result = f"...{result}" if "." in terms else result
+    counts = [
+        tensor.dim() - len(own.replace(".", "")) if "." in own else 0
+        for own, tensor in zip(axes, tensors, strict=False)
+    ]
+    letters = "".join(sorted({*ascii_letters} - {*result, *"".join(axes)})[: max(counts)])
+    others = [own.replace("...", letters[len(letters) - count :]) for own, count in zip(axes, counts, strict=False)]
+    return others, result.replace("...", letters)
 
 
 def _entry_by_entry(factors: Sequence[Tensor], axes: Sequence[str], result: str) -> Callable[[], Tensor] | None:

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crp.layers.devices import holds
-from crp.rules.functions import Function, look_up
+from crp.rules.functions import Function, _arguments_of, look_up
 from crp.rules.layer import changed
-from crp.rules.notes import FIRST, Born
+from crp.rules.notes import BORN, FIRST, Born
 from crp.rules.operands import NOTHING_SUMMED, Operands, _is_parameter
 from crp.rules.spellings import in_place
 from crp.trace.recorder import tensors_in
 
 _add, _sum, _largest = look_up(torch.add), look_up(torch.sum), look_up(torch.amax)
 _scaling = replace(
-    look_up(torch.einsum), kind="", properties=frozenset({"homogeneous", "linear"}), parse=None, keeps=FIRST
+    look_up(torch.einsum), kind="", properties=frozenset({"homogeneous", "linear"}), parse=None, keeps=FIRST | BORN
 )
 #: Functions of entries that an index chooses: the same, where the index holds tensors, which may depend on the data.
 _BY_TENSORS = {
@@ -38,6 +38,9 @@ _SHIFTS = {
     known: replace(known, properties=known.properties | {"identity"})
     for known in (look_up(torch.add), look_up(torch.sub), look_up(torch.rsub))
 }
+#: Batch norm; and the same by statistics of the batch itself, which depend on the data as those of other norms do.
+_batch_norm = look_up(F.batch_norm)
+_of_batch = replace(_batch_norm, properties=frozenset({"statistics"}))
 _of_kernel = ("input", "weight", "bias")  # (what kernels of norms begin with)
 #: Functions that cut off, if one of the two operands is a number.
 _CUTS = {
@@ -117,6 +120,8 @@ class Operation:
                 self.known = _BY_TENSORS[self.known]
             if is_single and self.kind == "product":
                 self.kind = ""
+            if self.known is _batch_norm and self._given("training"):
+                self.known = _of_batch
             if self.known in _REDUCING and "prod" in self._words():
                 self.known = _REDUCING[self.known]
             if is_single and self.flags & Born.GATING and self.known in _SHIFTS and self._is_beside_a_number():
@@ -139,6 +144,10 @@ class Operation:
             self.known, self.kind = _sum, ""
         else:
             self.kind = "" if is_single else "product"
+
+    def _given(self, name: str) -> Any:
+        """An argument by name."""
+        return _arguments_of(self.known, self.function, self.args, self.kwargs).get(name)
 
     def _words(self) -> list[str]:
         """Arguments that are words."""

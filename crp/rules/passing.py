@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -16,7 +16,7 @@ from crp.rules.functions import _arguments_of
 from crp.rules.layer import changed
 from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
 from crp.rules.operands import Operands
-from crp.rules.operation import Operation
+from crp.rules.operation import Operation, _scaling
 from crp.trace.recorder import tensors_in
 
 #: Functions by which a router chooses experts.
@@ -174,6 +174,8 @@ def _copied(op: Operation, notes: Notes) -> Copied | list[Copied] | None:
         return _spread(op, below) if len(below) == 1 else None
     if op.known.canonical == "setitem":
         return Copied(below, partial(_set_again, op))
+    if op.known is _scaling:
+        return Copied(below, partial(_run_on, op, constant=torch.ones_like))
     if not op.known.has("copies") or op.overwrites:
         return None
     again = partial(_run_on, op)
@@ -191,14 +193,14 @@ def _spread(op: Operation, below: list[Copied]) -> Copied:
     return Copied(below) if shape == op.inputs[0].shape else Copied(below, lambda other: other.expand(shape))
 
 
-def _run_on(op: Operation, *others: Tensor) -> Any:
+def _run_on(op: Operation, *others: Tensor, constant: Callable[[Tensor], Tensor] = torch.zeros_like) -> Any:
     """What an operation makes of other tensors in place of its inputs; constants count as nothing, an index stays."""
     copies = {id(tensor): other for tensor, other in zip(op.inputs, others, strict=True)}
 
     def other_than(tensor: Tensor) -> Tensor:
         if id(tensor) in copies:
             return copies[id(tensor)]
-        return torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
+        return constant(tensor) if tensor.is_floating_point() else tensor
 
     args, kwargs = changed((op.args, op.kwargs), other_than)
     return op.function(*args, **kwargs)

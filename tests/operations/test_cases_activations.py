@@ -189,6 +189,20 @@ def test_an_activation_that_is_written_out_inside_of_a_net(name, kind):
     assert_same_map(seeded(Inside(function)), seeded(Net(torchs)), DATA, kind())
 
 
+def overwritten_later(x):
+    x = x.square() + 2
+    y = 1 / x
+    x += 1
+    return x + y
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP, CPLRP])
+def test_what_one_over_something_has_read_may_be_overwritten(kind):
+    """As torch keeps no more of it than the result."""
+    plain = Inside(lambda x: (x.square() + 2) + 1 + 1 / (x.square() + 2))
+    assert_same_map(seeded(Inside(overwritten_later)), seeded(plain), DATA, kind())
+
+
 def test_concepts_between_two_activations_that_are_written_out_add_up():
     def twice(s, x):
         h = s.between(s.up(x) * F.hardsigmoid(s.up(x)))

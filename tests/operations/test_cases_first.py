@@ -232,6 +232,31 @@ def test_a_product_in_front_is_first(spelling, preset):
     assert_same_map(Blurred(spelling).eval(), Blurred(pointwise()).eval(), IMAGES, FIRST_PRESETS[preset]())
 
 
+def stretched(x):
+    return torch.zeros(len(x), 3, 10, 8, dtype=x.dtype)
+
+
+SCALE, ROWS = torch.tensor([0.5, 2.0, -1.5], dtype=torch.float64), torch.arange(1, 9)
+#: Ways to copy the input, and the plain one.
+COPIES = {
+    "scaled": (lambda x: torch.einsum("bchw,c->bchw", x - 0.3, SCALE), lambda x: (x - 0.3) * SCALE[:, None, None]),
+    "moved": (lambda x: torch.einsum("bchw,c->bcwh", x - 0.3, SCALE), lambda x: ((x - 0.3) * SCALE[:, None, None]).mT),
+    "turned": (lambda x: torch.einsum("bchw->bcwh", x - 0.3), lambda x: (x - 0.3).mT),
+    "rows": (lambda x: stretched(x).index_copy(2, ROWS, x)[:, :, :8], lambda x: F.pad(x, (0, 0, 1, 0))[:, :, :8]),
+    "part": (
+        lambda x: torch.slice_scatter(stretched(x), x, 2, 1, 9)[:, :, :8],
+        lambda x: F.pad(x, (0, 0, 1, 0))[:, :, :8],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:ZBox.*are not between:UserWarning")
+@pytest.mark.parametrize("preset", RULES)
+@pytest.mark.parametrize("name", COPIES)
+def test_the_input_is_reached_through_copies(name, preset):
+    assert_same_map(*(Blurred(function).eval() for function in COPIES[name]), IMAGES, FIRST_PRESETS[preset]())
+
+
 PRODUCTS = {
     "elementwise": lambda x: x * x.sin(),
     "matmul": lambda x: x @ x.sin().mT,

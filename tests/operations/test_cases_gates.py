@@ -84,6 +84,7 @@ GATES = {
     "scaled_in_place": lambda n, a: n * torch.sigmoid(a).mul_(0.7),
     "divided": lambda n, a: n * (torch.sigmoid(a) / 2),
     "scaled_by_a_tensor": lambda n, a: n * (torch.sigmoid(a) * torch.linspace(0.1, 1, 6).double()),
+    "scaled_by_einsum": lambda n, a: n * torch.einsum("bc,c->bc", a.sigmoid(), torch.linspace(0.1, 1, 6).double()),
     "negated": lambda n, a: n * -torch.sigmoid(a),
     "reshaped": lambda n, a: n * a.sigmoid().reshape(-1).view(3, 6),
     "transposed": lambda n, a: n * a.T.sigmoid().T,
@@ -165,6 +166,22 @@ def test_a_gate_that_is_wide_open(kind):
 
 
 #: Products of a signal ``n`` and steps of ``a``, which have no derivative.
+#: Quotients, as products with one over the divisor: what is divided takes all, also where it is a gate.
+QUOTIENTS = {
+    "reciprocal": lambda n, a: n.sigmoid() * (1 + a.abs()).reciprocal(),
+    "power": lambda n, a: (1 + a.abs()) ** -1 * n.sigmoid(),
+    "broadcast": lambda n, a: n.mean(1, keepdim=True) * (1 / (1 + a.abs())),
+}
+
+
+@pytest.mark.parametrize("kind", [UniformEpsilon, EpsilonPlus, AttnLRP])
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_one_over_something_is_no_signal(name, kind):
+    """Neither beside a gate, nor beside what is broadcast."""
+    model, constant = seeded(Gated(QUOTIENTS[name])), seeded(Gated(held(QUOTIENTS[name])))
+    assert_same_map(model, constant, DATA, kind())
+
+
 STEPPED = {
     "round": lambda n, a: n * a.sigmoid().round(),
     "floor": lambda n, a: torch.floor(a) * n,
@@ -210,6 +227,16 @@ def test_two_gates_share_their_product(name):
     model = seeded(Gated(TWO_GATES[name]))
     whole = UniformEpsilon(gates="signal")
     assert off(maps(model, DATA, whole), maps(model, DATA, UniformEpsilon(gates="split"))) <= 1e-12
+
+
+@pytest.mark.parametrize("preset", ["epsilon", "epsilon_plus", "gamma"])
+def test_a_gated_linear_unit_is_no_gate(preset):
+    """Beside another factor, it is the product that it is when it is written out."""
+    one, other = (
+        seeded(Gated(lambda n, a, unit=unit: unit(torch.cat([a, n], 1)) * a.flip(1)))
+        for unit in (F.glu, lambda x: x.chunk(2, 1)[0] * torch.sigmoid(x.chunk(2, 1)[1]))
+    )
+    assert_same_map(one, other, DATA, LRP_PRESETS[preset]())
 
 
 class GRU(nn.Module):

@@ -57,6 +57,10 @@ def layer_norm(x):
     return F.layer_norm(x, (6,))
 
 
+def of_a_batch(x):
+    return F.batch_norm(x.reshape(1, -1, 6), None, None, training=True).view_as(x)
+
+
 def rms_norm(x):
     return F.rms_norm(x, (6,), eps=EPS)
 
@@ -77,6 +81,7 @@ NORMS = {
     "kernel": (lambda x: torch.native_layer_norm(x, (6,), None, None, EPS)[0], layer_norm),
     "groups": (grouped, of_groups),
     "kernel of groups": (by_kernel, of_groups),
+    "statistics of a batch": (of_a_batch, layer_norm),
     "root mean square": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS), rms_norm),
     "root of a product": (lambda x: x / ((x * x).mean(-1, True) + EPS) ** 0.5, rms_norm),
     "norm": (lambda x: x / x.norm(dim=-1, keepdim=True), unit),

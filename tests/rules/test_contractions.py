@@ -36,6 +36,10 @@ def in_two_steps(h):
 #: Sums of products, and the same by matrices.
 DENSE = {
     "mean": (lambda h: (h[..., None, :] * WEIGHTS).mean(-1), lambda h: h @ (WEIGHTS.T / 6)),
+    "of_axes_that_are_left_out": (
+        lambda h: torch.einsum("b...c,c->bc", h, SCALES[0]),
+        lambda h: torch.einsum("btc,c->bc", h, SCALES[0]),
+    ),
     "in_two_steps": (in_two_steps, lambda h: h @ WEIGHTS.T),
     "of_positions": (lambda h: (h[:, None] * WEIGHTS[:, :4, None]).sum(2), lambda h: WEIGHTS[:, :4] @ h),
     "one_output": (lambda h: (h * SCALES[0]).sum(-1), lambda h: h @ SCALES[0]),
@@ -199,14 +203,31 @@ OF_THREE = {
 }
 
 
+def of_two(function, squash=lambda z: z.softmax(-1)):
+    """Net around a function of features, and of others that are squashed."""
+
+    def wiring(s, x):
+        return s.out(function(F.relu(s.up(x)), squash(s.router(x))).flatten(1))
+
+    size = function(torch.ones(1, 4, 6).double(), torch.ones(1, 4, 3).double()).numel()
+    return seeded(Net(wiring, up=nn.Linear(6, 6), router=nn.Linear(6, 3), out=nn.Linear(size, 3)))
+
+
 @pytest.mark.parametrize("kind", [AttnLRP, UniformAlphaBeta, UniformEpsilon])
 @pytest.mark.parametrize("name", OF_THREE)
 def test_an_einsum_of_two_inputs_and_a_weight_is_two_operations(name, kind):
-    def model(function):
-        def wiring(s, x):
-            return s.out(function(F.relu(s.up(x)), s.router(x).softmax(-1)).flatten(1))
+    assert_same_map(*map(of_two, OF_THREE[name]), TOKENS, kind())
 
-        size = function(torch.ones(1, 4, 6).double(), torch.ones(1, 4, 3).double()).numel()
-        return seeded(Net(wiring, up=nn.Linear(6, 6), router=nn.Linear(6, 3), out=nn.Linear(size, 3)))
 
-    assert_same_map(*map(model, OF_THREE[name]), TOKENS, kind())
+#: Einsums that name not all axes, and the products that they are.
+UNNAMED = {
+    "dots": (lambda h, z: torch.einsum("...t,...t->...t", h[..., :3], z), lambda h, z: h[..., :3] * z),
+    "nothing_but_dots": (lambda h, z: torch.einsum("...,...->...", h[..., :3], z), lambda h, z: h[..., :3] * z),
+    "dots_of_one": (lambda h, z: torch.einsum("bt...,bt->bt...", h, z[..., 0]), lambda h, z: h * z[..., :1]),
+    "no_result": (lambda h, z: torch.einsum("...t,...t", h[..., :3], z), lambda h, z: (h[..., :3] * z).sum(-1)),
+}
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_an_einsum_that_multiplies_entry_by_entry_is_a_product(name):
+    assert_same_map(*(of_two(function, torch.sigmoid) for function in UNNAMED[name]), TOKENS, RelP())

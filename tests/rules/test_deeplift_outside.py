@@ -23,6 +23,8 @@ OUTSIDE = {
     "same": lambda x, y: x * x + y,
     "matmul": lambda x, y: (x[:, :, None] @ y[:, None]).sum(2),
     "einsum": lambda x, y: torch.einsum("ni,ni->n", x, y)[:, None] + 0 * x,
+    "linear": lambda x, y: torch.stack([F.linear(a[:3], b.view(2, 3)) for a, b in zip(x, y, strict=True)]).repeat(1, 3),
+    "conv1d": lambda x, y: F.conv1d(x[None], y[:, None, :3], padding=1, groups=len(x))[0],
     "bmm": lambda x, y: torch.bmm(x[:, None], y[:, :, None]).flatten(1).expand(-1, 6),
     "baddbmm": lambda x, y: torch.baddbmm(x[:, None, :1], x[:, :, None], y[:, None], beta=0.5, alpha=2).sum(2),
     "addmm": lambda x, y: of_each(lambda a, b: torch.addmm(b[None], a[None], b.expand(6, 6)), x, y),

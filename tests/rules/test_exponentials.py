@@ -86,6 +86,45 @@ def sharpened(q, k, v):
     return e / e.sum(-1, keepdim=True) @ v
 
 
+def by_columns(scores):
+    e = scores.exp()
+    return e / sum(e[..., i : i + 1] for i in range(5))
+
+
+def one_by_one(scores):
+    e, total = scores.exp(), scores.new_zeros(*scores.shape[:-1], 1)
+    for column in e.split(1, -1):
+        total += column
+    return e / total
+
+
+def unbound(scores):
+    columns = scores.exp().unbind(-1)
+    total = torch.stack(columns).sum(0)
+    return torch.stack([column / total for column in columns], -1)
+
+
+def into_a_buffer(scores):
+    e = torch.empty_like(scores)
+    e[..., :2], e[..., 2:] = scores[..., :2].exp(), scores[..., 2:].exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+def in_halves(scores):
+    e = F.pad(scores.exp(), (0, 1))
+    left, right = e.chunk(2, -1)
+    return (e / (left + right).sum(-1, keepdim=True))[..., :5]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("softmax", [by_columns, one_by_one, unbound, into_a_buffer, in_halves])
+def test_a_softmax_whose_parts_are_added(softmax, kind):
+    model, plain = (
+        net(lambda q, k, v, share=share: share(logits(q, k)) @ v) for share in (softmax, lambda z: z.softmax(-1))
+    )
+    assert_same_map(model, plain, DATA, kind())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "attend",

@@ -63,6 +63,10 @@ def augmented(a):
     return h
 
 
+def one_more_softsign(a):
+    return 1 + F.softsign(a)
+
+
 #: By the function of torch, how else it is written.
 SPELLINGS = {
     F.hardsigmoid: {
@@ -114,6 +118,7 @@ SPELLINGS = {
     F.hardswish: {"maximum_and_minimum": lambda a: a * torch.minimum(torch.maximum(a + 3, ZERO), SIX) / 6},
     torch.sigmoid: {"complement_of_by_exp": lambda a: 1 - 1 / (1 + torch.exp(a))},
     torch.tanh: {"by_exp": lambda a: 1 - 2 / (1 + (2 * a).exp())},
+    one_more_softsign: {"by_abs": lambda a: 1 + a / (1 + a.abs())},
 }
 #: Those that are no gates where gates are held constant.
 NO_GATES = {

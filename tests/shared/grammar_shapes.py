@@ -51,6 +51,7 @@ ONE = {
     ),
     "layer_scale": Operation(lambda s, w, x: x * w["scale"], "linear", spellings={
         "left": lambda s, w, x: w["scale"] * x, "expanded": lambda s, w, x: x * w["scale"].expand_as(x),
+        "einsum": lambda s, w, x: torch.einsum("nc...,c->nc...", x, w["scale"].flatten()),
     }, weights=_channelwise),
     "shift": Operation(
         lambda s, w, x: x + s["c"], "linear", _number,
@@ -77,6 +78,7 @@ ONE = {
         lambda s, w, x: torch.where(_mask(x), x.new_tensor(s["c"]), x), "linear",
         lambda choose, shape: {"c": choose.of((0.0, 0.9))},
         {"masked_fill": lambda s, w, x: x.masked_fill(_mask(x), s["c"]),
+         "set": into(lambda s, x: x.__setitem__(_mask(x).expand_as(x), s["c"])),
          "product": lambda s, w, x: x * ~_mask(x) + s["c"] * _mask(x).to(x),
          "fill_": lambda s, w, x: x.masked_fill_(_mask(x), s["c"])},
     ),
@@ -203,13 +205,18 @@ SHAPES = {
         lambda s, w, x: x.repeat_interleave(2, -1), "linear",
         lambda choose, shape: {} if len(shape) == 2 and shape[1] < 5 else None,
         {"interpolate": lambda s, w, x: F.interpolate(x, scale_factor=2),
-         "expand": lambda s, w, x: x[..., None].expand(*x.shape, 2).flatten(2)},
+         "expand": lambda s, w, x: x[..., None].expand(*x.shape, 2).flatten(2),
+         "stack": lambda s, w, x: torch.stack([x, x], -1).flatten(-2)},
         {"module": lambda s, w: nn.Upsample(scale_factor=2)},
     ),
-    "flip": Operation(lambda s, w, x: x.flip(-1), "linear", _axes, {"torch": lambda s, w, x: torch.flip(x, [-1])}),
+    "flip": Operation(lambda s, w, x: x.flip(-1), "linear", _axes, {
+        "torch": lambda s, w, x: torch.flip(x, [-1]), "index": lambda s, w, x: x[..., list(range(x.shape[-1]))[::-1]],
+    }),
     "roll": Operation(lambda s, w, x: x.roll(1, -1), "linear", _axes,
                       {"cat": lambda s, w, x: torch.cat([x[..., -1:], x[..., :-1]], -1)}),
-    "cumsum": Operation(lambda s, w, x: x.cumsum(-1), "linear", _axes),
+    "cumsum": Operation(lambda s, w, x: x.cumsum(-1), "linear", _axes, {
+        "sums": lambda s, w, x: torch.stack([x[..., : i + 1].sum(-1) for i in range(x.shape[-1])], -1),
+    }),
     "same": Operation(
         lambda s, w, x: x.clone(), "linear",
         spellings={"contiguous": lambda s, w, x: x.contiguous(), "ellipsis": lambda s, w, x: x[...],

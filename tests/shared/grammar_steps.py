@@ -41,25 +41,27 @@ ACTIVATIONS = {
         torch.relu, "pass", {"module": nn.ReLU, "module_": lambda: nn.ReLU(inplace=True)},
         F=F.relu, method=lambda x: x.relu(), clamp=lambda x: x.clamp(min=0), clamp_min=lambda x: torch.clamp_min(x, 0),
         maximum=lambda x: torch.maximum(x, torch.zeros_like(x)), threshold=lambda x: F.threshold(x, 0.0, 0.0),
-        mask=lambda x: x * (x > 0), where=lambda x: torch.where(x > 0, x, 0.0), aten=torch.ops.aten.relu,
+        mask=lambda x: x * (x > 0), written=lambda x: (x + x.abs()) / 2,
+        where=lambda x: torch.where(x > 0, x, 0.0), aten=torch.ops.aten.relu,
         method_=lambda x: x.relu_(), F_=lambda x: F.relu(x, inplace=True), clamp_=lambda x: x.clamp_(min=0),
         positional_=lambda x: F.relu(x, True),
     ),
     "leaky": unary(F.leaky_relu, "pass", {"module": nn.LeakyReLU}, where=lambda x: torch.where(x > 0, x, 0.01 * x)),
     "abs": unary(torch.abs, "pass", {}, method=lambda x: x.abs(), builtin=abs, method_=lambda x: x.abs_()),
-    "gelu": unary(F.gelu, "pass", {"module": nn.GELU}),
+    "gelu": unary(F.gelu, "pass", {"module": nn.GELU}, written=lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))),
     "gelu_tanh": unary(lambda x: F.gelu(x, approximate="tanh"), "pass",
                        {"module": lambda: nn.GELU("tanh"), "written": WrittenGELU}),
     "silu": unary(
         F.silu, "pass", {"module": nn.SiLU, "module_": lambda: nn.SiLU(inplace=True), "written": WrittenSiLU},
-        product=lambda x: x * torch.sigmoid(x), F_=lambda x: F.silu(x, inplace=True),
+        product=lambda x: x * torch.sigmoid(x), quotient=lambda x: x / (1 + torch.exp(-x)),
+        F_=lambda x: F.silu(x, inplace=True),
     ),
     "tanh": unary(torch.tanh, "pass", {"module": nn.Tanh}, method=lambda x: x.tanh(), method_=lambda x: x.tanh_()),
-    "softplus": unary(F.softplus, "pass", {"module": nn.Softplus}),
+    "softplus": unary(F.softplus, "pass", {"module": nn.Softplus}, log1p=lambda x: torch.log1p(torch.exp(x))),
     "elu": unary(F.elu, "pass", {"module": nn.ELU, "module_": lambda: nn.ELU(inplace=True)}),
     "relu6": unary(F.relu6, "pass", {"module": nn.ReLU6}, clamp=lambda x: x.clamp(0, 6)),
-    "hardswish": unary(F.hardswish, "pass", {"module": nn.Hardswish}),
-    "mish": unary(F.mish, "pass", {"module": nn.Mish}),
+    "hardswish": unary(F.hardswish, "pass", {"module": nn.Hardswish}, written=lambda x: x * F.relu6(x + 3) / 6),
+    "mish": unary(F.mish, "pass", {"module": nn.Mish}, written=lambda x: x * torch.tanh(F.softplus(x))),
     "softsign": unary(F.softsign, "pass", {"module": nn.Softsign}, written=lambda x: x / (1 + x.abs())),
     "clamp": unary(lambda x: x.clamp(-0.8, 1.1), "pass", {"module": lambda: nn.Hardtanh(-0.8, 1.1)},
                    hardtanh=lambda x: F.hardtanh(x, -0.8, 1.1), method_=lambda x: x.clamp_(-0.8, 1.1)),
@@ -68,8 +70,10 @@ ACTIVATIONS = {
     "normalize": unary(lambda x: F.normalize(x, dim=1), "pass", {},
                        written=lambda x: x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)),
     "sigmoid": unary(torch.sigmoid, "squash", {"module": nn.Sigmoid}, method=lambda x: x.sigmoid(),
-                     special=torch.special.expit, method_=lambda x: x.sigmoid_()),
-    "hardsigmoid": unary(F.hardsigmoid, "squash", {"module": nn.Hardsigmoid}),
+                     special=torch.special.expit, method_=lambda x: x.sigmoid_(),
+                     quotient=lambda x: 1 / (1 + torch.exp(-x)), tanh=lambda x: 0.5 * (1 + torch.tanh(x / 2))),
+    "hardsigmoid": unary(F.hardsigmoid, "squash", {"module": nn.Hardsigmoid}, relu6=lambda x: F.relu6(x + 3) / 6,
+                         clamp=lambda x: (x / 6 + 0.5).clamp(0, 1)),
 }  # fmt: skip
 
 # --- pooling ---------------------------------------------------------------------------------------------------------
@@ -149,10 +153,12 @@ POOLING = {
     "amax": Operation(lambda s, w, x: x.amax(s["dims"], keepdim=s["keep"]), "winner", _space),
     "max": Operation(lambda s, w, x: x.max(1).values, "winner",
                      lambda choose, shape: {} if len(shape) > 1 else None,
-                     {"keepdim": lambda s, w, x: torch.max(x, 1, keepdim=True)[0].squeeze(1)}),
+                     {"keepdim": lambda s, w, x: torch.max(x, 1, keepdim=True)[0].squeeze(1),
+                      "sorted": lambda s, w, x: x.sort(1).values[:, -1],
+                      "gather": lambda s, w, x: x.gather(1, x.argmax(1, keepdim=True)).squeeze(1)}),
     "sum": Operation(lambda s, w, x: x.sum(1), "linear", lambda choose, shape: {} if len(shape) > 1 else None,
                      {"einsum": lambda s, w, x: torch.einsum("nc...->n...", x),
-                      "unbind": lambda s, w, x: sum(x.unbind(1))}),
+                      "unbind": lambda s, w, x: sum(x.unbind(1)), "cumsum": lambda s, w, x: x.cumsum(1)[:, -1]}),
 }  # fmt: skip
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -166,6 +172,10 @@ def _written_norm(s: Settings, w: Weights, x: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     y = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + s["eps"])
     return y * w["weight"] + w["bias"] if w else y
+
+
+def _written_rms_norm(s: Settings, w: Weights, x: Tensor) -> Tensor:
+    return x * (torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + s["eps"]) * w.get("weight", 1.0))
 
 
 def _fill(module: nn.Module, w: Weights) -> nn.Module:
@@ -199,7 +209,7 @@ NORMS = {
     ),
     "rms_norm": Operation(
         lambda s, w, x: F.rms_norm(x, (s["size"],), w.get("weight"), s["eps"]), "norm",
-        lambda choose, shape: _norm_settings(choose, shape, -1), {},
+        lambda choose, shape: _norm_settings(choose, shape, -1), {"written": _written_rms_norm},
         {"module": lambda s, w: _fill(nn.RMSNorm(s["size"], s["eps"], bool(w)), w)},
         lambda s, *shapes: {"weight": (s["size"],)} if s["affine"] else {},
     ),
@@ -300,6 +310,8 @@ COMBINING = {
     "product": Operation(
         lambda s, w, a, b: a * b, "gate", _broadcast,
         {"swapped": lambda s, w, a, b: b * a, "torch": _gate("mul"), "multiply": _gate("multiply"),
+         "einsum": lambda s, w, a, b: torch.einsum("n...,n...->n...", a, b),
+         "addcmul": lambda s, w, a, b: torch.addcmul(torch.zeros_like(a), a, b),
          "mul_": lambda s, w, a, b: a.mul_(b), "imul_": lambda s, w, a, b: a.__imul__(b)},
     ),
     "quotient": Operation(_positive, "quotient", _broadcast,

@@ -180,7 +180,11 @@ def gating(program: Program) -> list[bool | None]:
     known: list[bool | None] = [False]
     for step in program.steps:
         read = [known[i] for i in step.reads]
-        if step.name in ("sigmoid", "tanh", "exp") or (step.name in SQUASH_KEEPING | {"shift"} and all(read)):
+        if step.name == "quotient":  # (one by its own absolute value is bounded)
+            known.append(None)
+        elif step.name in ("sigmoid", "hardsigmoid", "tanh", "softsign", "exp") or (
+            step.name in SQUASH_KEEPING | {"shift"} and all(read)
+        ):
             known.append(True)
         elif step.operation.rule in ("dense", "convolution", "batch_norm", "norm") or not any(
             r is not False for r in read
@@ -188,6 +192,38 @@ def gating(program: Program) -> list[bool | None]:
             known.append(False)
         else:
             known.append(None)
+    return known
+
+
+def dividing(program: Program) -> list[bool | None]:
+    """Whether each value is one over something by steps that keep it so; None where that is not for us to say."""
+    known: list[bool | None] = [False]
+    made = gating(program)
+    for step in program.steps:
+        read = [known[i] for i in step.reads]
+        if (step.name == "reciprocal" and made[step.reads[0]] is False) or (step.name in SQUASH_KEEPING and all(read)):
+            known.append(True)
+        elif step.operation.rule in ("dense", "convolution", "batch_norm", "norm") or not any(
+            r is not False for r in read
+        ):
+            known.append(None if step.name in ("reciprocal", "quotient") else False)
+        else:
+            known.append(None)
+    return known
+
+
+#: Steps of which every entry of the result is made of the entries at the same place.
+_ENTRY_BY_ENTRY = (frozenset(ACTIVATIONS) - {"normalize"}) | frozenset(
+    "scale layer_scale shift add_bias complement negative reciprocal mask same add sub maximum product quotient".split()  # noqa: SIM905
+)
+
+
+def origins(program: Program) -> list[set[int]]:
+    """Values that each value is, or is made of entry by entry."""
+    known = [{0}]
+    for k, step in enumerate(program.steps):
+        is_entrywise = step.name in _ENTRY_BY_ENTRY
+        known.append({k + 1} | (set.intersection(*(known[i] for i in step.reads)) if is_entrywise else set()))
     return known
 
 
@@ -321,7 +357,8 @@ def settled(program: Program) -> Program:
                 same = all(torch.allclose(a, b, 1e-9, 1e-12) for a, b in zip(found, wanted, strict=True))
             except RuntimeError:
                 same = False
-            if not same:
+            # (weights that sum up to zero do not see a number that is added)
+            if not same or any(step.reads[0] in other.reads for other in program.steps[k + 1 :]):
                 program = program.respelled(k, "plain")
     return program
 

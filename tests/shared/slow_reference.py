@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from grammar_affine import conv_padded, conv_valid, linear, transposed
-from model_grammar import Program, activated, gating, merged, squashed
+from model_grammar import Program, activated, dividing, gating, merged, origins, squashed
 from slow_rules import Doubtful, Refused, Rule, at_input, divided, hidden, shared
 from torch import Tensor
 
@@ -104,7 +104,7 @@ class SlowReference:
     ) -> None:
         self.program, self.method, self.data, self.zeros = program, method, data, zeros
         self.values, self.squashed, self.activated = [data], squashed(program), activated(program)
-        self.gating = gating(program)
+        self.gating, self.dividing, self.origins = gating(program), dividing(program), origins(program)
         read = {len(program.steps), *(i for step in program.steps for i in step.reads)}
         for k, step in enumerate(program.steps):
             if step.operation.rule == "refused" and k + 1 in read:  # (what nothing reads explains nothing)
@@ -229,6 +229,8 @@ class SlowReference:
             is_part = self.gating[self.program.steps[k].reads[0]]
             if is_part is None:
                 raise Doubtful("a constant, or part of a gate")
+            if is_part and ((inputs[0] == 0) & (m.reshape(inputs[0].shape) != 0)).any():
+                raise Doubtful("whether a number is added to 0, or to what has made it")
             if is_part:
                 return self._pass(k, m, *inputs)
         return [m @ matrix for matrix in self._parts(k, *inputs)]
@@ -315,19 +317,28 @@ class SlowReference:
         y = self.values[k + 1]
         if i == j:
             return [*self._pass(k, m, a), None]
-        first, second = self._is_gate(i, j), self._is_gate(j, i)
-        half = 1.0 if self.method.gates == "signal" and (first or second) else 0.5
+        first, second = self._is_held(i, j), self._is_held(j, i)
+        half = 1.0 if first or second else 0.5
+        if half < 1 and self.origins[i] & self.origins[j]:
+            raise Doubtful("a product, or an activation")
         m = m.reshape(y.shape)
         to_a = _summed(half * m * b, a.shape) if half < 1 or second else None
         to_b = _summed(half * m * a, b.shape) if half < 1 or first else None
         return [to_a, to_b]
 
     def _has_weights(self, k: int) -> bool:
-        """Whether one operand of a product of matrices comes from a sigmoid, and the other does not."""
-        made = [self.squashed[i] for i in self.program.steps[k].reads]
-        if None in made:
-            raise Doubtful("weights or values")
-        return made[0] != made[1]
+        """Whether one operand of a product of matrices is held constant."""
+        return self._weights(k) is not None
+
+    def _weights(self, k: int) -> int | None:
+        """Which operand of a product of matrices is one over something, or comes from a sigmoid, if one does."""
+        for known in (self.dividing, self.squashed):
+            made = [known[i] for i in self.program.steps[k].reads]
+            if None in made:
+                raise Doubtful("weights or values")
+            if made[0] != made[1]:
+                return made.index(True)
+        return None
 
     def _has_rule(self, k: int) -> bool:
         return self.method.attention is not None or self._has_weights(k)
@@ -335,17 +346,27 @@ class SlowReference:
     def _weighted(self, k: int, m: Tensor, a: Tensor, b: Tensor) -> list[Tensor | None]:
         """The values take all and the weights nothing, or each half."""
         m = m.reshape(self.values[k + 1].shape)
-        is_split = self.method.attention == "split" or not self._has_weights(k)
-        half, of_values = 0.5 if is_split else 1.0, self.squashed[self.program.steps[k].reads[1]]
-        to_a = half * m @ b.flatten(2) if is_split or of_values else None
-        to_b = half * m.mT @ a.flatten(2) if is_split or not of_values else None
+        held, reads = self._weights(k), self.program.steps[k].reads
+        if held is not None and self.method.attention == "split" and not self.dividing[reads[held]]:
+            held = None
+        half = 0.5 if held is None else 1.0
+        to_a = half * m @ b.flatten(2) if held != 0 else None
+        to_b = half * m.mT @ a.flatten(2) if held != 1 else None
         return [to_a, to_b]
 
-    def _is_gate(self, i: int, j: int) -> bool:
-        """Whether value i is the gate in a product with value j.
+    def _is_held(self, i: int, j: int) -> bool:
+        """Whether value i is held constant in a product with value j.
 
-        The one that is broadcast, or else squashed, or else made by an activation.
+        The one over something, or else the gate, where gates are held constant: the one that is broadcast, or else
+        squashed, or else made by an activation.
         """
+        divides = self.dividing[i], self.dividing[j]
+        if None in divides:
+            raise Doubtful("what divides depends on how it is written")
+        if divides[0] != divides[1]:
+            return bool(divides[0])
+        if self.method.gates == "split":
+            return False
         broadcast, other = self._shape(i) != self._widest(i, j), self._shape(j) != self._widest(i, j)
         if broadcast != other:
             return broadcast
@@ -353,7 +374,7 @@ class SlowReference:
             raise Doubtful("what is a gate depends on how it is written")
         if self.squashed[i] != self.squashed[j]:
             return bool(self.squashed[i])
-        if self.method.gates == "signal" and None in (self.activated[i], self.activated[j]):
+        if None in (self.activated[i], self.activated[j]):
             raise Doubtful("what is an activation depends on how it is written")
         return bool(self.activated[i]) and not self.activated[j]
 

@@ -200,6 +200,7 @@ def _by_rows(weight: Tensor) -> Tensor:
 #: Several constants of which the weight is made; and the layer of `Written` with this weight.
 OF_SEVERAL: dict[str, tuple[Wiring, str]] = {
     "einsum_three": (lambda s, x: torch.einsum("bi,ij,jo->bo", x, s.A, s.B), "low"),
+    "einsum_three_ellipsis": (lambda s, x: torch.einsum("...i,ij,jo->...o", x, s.A, s.B), "low"),
     "einsum_three_between": (lambda s, x: torch.einsum("jo,bi,ij->bo", s.B, x, s.A), "low"),
     "einsum_scaled": (lambda s, x: torch.einsum("bi,io,o->bo", x, s.W, s.b), "scaled"),
     "einsum_three_sublists": (lambda s, x: torch.einsum(x, [0, 1], s.A, [1, 2], s.B, [2, 3], [0, 3]), "low"),
@@ -226,7 +227,6 @@ RARE: dict[str, tuple[Wiring, str]] = {
     "conv_tbc": (lambda s, x: torch.conv_tbc(x[None], s.W[None], s.b)[0], "fc"),
     "multi_dot": (lambda s, x: torch.linalg.multi_dot([x, s.A, s.B]), "low"),
     "multi_dot_pair": (lambda s, x: torch.linalg.multi_dot([x, s.W]), "dense"),
-    "einsum_three_ellipsis": (lambda s, x: torch.einsum("...i,ij,jo->...o", x, s.A, s.B), "low"),
     "embedding_bag": (
         lambda s, x: F.embedding_bag(torch.arange(6).expand(3, 6), s.W, mode="sum", per_sample_weights=x),
         "dense",
