@@ -111,9 +111,8 @@ class DeepLift(Composite):
             (Having.of("rescaled"), elementwise),
             (Having.of("maximum"), MaxPool()),
             (Functions(("batch_norm",)), BatchNorm()),
-            (Kind("product"), ProductDifference()),
-            (Having.of("bilinear"), ProductDifference()),
             (Kind("product"), ProductDifference()),  # (such as a linear layer whose weight depends on the input)
+            (Having.of("bilinear"), ProductDifference()),
             (Having.of("quotient"), QuotientDifference()),
             (Having.of("statistics"), NormalizationDifference()),
             (Having.of("softmax"), SoftmaxDifference()),

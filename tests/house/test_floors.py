@@ -50,11 +50,11 @@ BUDGETS = {
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2468,
     "canonizers": 866,
-    "commands": 2368,
+    "commands": 2372,
     "compat": 940,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3971,
+    "composites": 4019,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2051,
@@ -67,17 +67,17 @@ BUDGETS = {
     "outputs": 391,
     "metrics": 962,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 7411,
+    "rules": 7712,
     # (along which axis the channels of a layer are)
     "trace": 1349,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
     "visualization": 4832,
-    "visualization.mining": 4272,
+    "visualization.mining": 4277,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4570,
+    "visualization.report": 4572,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
     "visualization.table": 2682,

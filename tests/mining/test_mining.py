@@ -281,6 +281,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, error: str, text: s
     assert table.coverage().skipped == {13: text}
 
 
+def test_where_no_sample_can_be_read_the_option_to_skip_them_is_not_advised_again(tmp_path: Path) -> None:
+    data: Any = Data()
+    data.special = dict.fromkeys(range(21), OSError("gone"))
+    with pytest.raises(SampleError, match=r"^sample 0: OSError: gone; on_error='skip'"):
+        run(tmp_path, data)
+    with pytest.raises(ValueError, match=r"^none of the first 21 samples can be read; sample 0: OSError: gone$"):
+        run(tmp_path, data, on_error="skip")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_data_that_is_not_finite_is_never_ranked(tmp_path: Path, value: float) -> None:
     data = Data()

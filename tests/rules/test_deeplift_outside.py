@@ -28,7 +28,7 @@ OUTSIDE = {
     "bmm": lambda x, y: torch.bmm(x[:, None], y[:, :, None]).flatten(1).expand(-1, 6),
     "baddbmm": lambda x, y: torch.baddbmm(x[:, None, :1], x[:, :, None], y[:, None], beta=0.5, alpha=2).sum(2),
     "addmm": lambda x, y: of_each(lambda a, b: torch.addmm(b[None], a[None], b.expand(6, 6)), x, y),
-    "linear": lambda x, y: of_each(lambda a, b: F.linear(a[None], b[:, None] + a, bias=b), x, y),
+    "linear with a bias": lambda x, y: of_each(lambda a, b: F.linear(a[None], b[:, None] + a, bias=b), x, y),
     "conv": lambda x, y: of_each(lambda a, b: F.conv1d(a[None], b[None, None, :5], padding=2), x, y),
     "bilinear": lambda x, y: F.bilinear(x, y, torch.arange(216.0).to(x).view(6, 6, 6).cos()),
     "normalize": lambda x, y: F.normalize(x) + F.normalize(y, p=1, dim=1),

@@ -248,7 +248,7 @@ def prepare(
     texts = texts_in(dataset)
     if texts is not None and checked.preprocess is not None:
         raise InputTypeError(f"texts are ids, which preprocess={checked.preprocess!r} cannot prepare; a tokenizer does")
-    first = _get_first(dataset, checked.preprocess, device)
+    first = _get_first(dataset, checked.preprocess, device, checked.on_error)
     if texts is None and (first.is_floating_point() or first.is_complex()):  # (others are refused by the sample's name)
         check_axes(attribution.model, first, concepts)
     if (inputs := _inputs_of(attribution, first, texts)) is not None:
@@ -348,12 +348,14 @@ def _header(
     )
 
 
-def _get_first(dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tensor:
+def _get_first(
+    dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, device: torch.device, on_error: str
+) -> Tensor:
     """First sample that can be read, as the model gets it, of shape (1, ...): all others must be like it."""
     if len(dataset) == 0:
         raise InputError("the dataset is empty")
-    failed = None
-    for index in range(min(len(dataset), 100)):
+    failed, n_read = None, min(len(dataset), 100)
+    for index in range(n_read):
         sample = read(dataset, index)
         if sample.problem is None:
             data = sample.data[None].to(device)
@@ -367,7 +369,10 @@ def _get_first(dataset: Any, preprocess: Callable[[Tensor], Tensor] | None, devi
         if sample.problem.error is None:  # no fault of the sample: the dataset is of another kind
             raise InputTypeError(f"sample {index}: {sample.problem.reason}")
         failed = failed or SampleError(index, sample.problem.reason)
-    raise failed or AssertionError
+    assert failed is not None
+    if on_error == "skip":
+        raise InputError(f"none of the first {n_read} samples can be read; sample {failed.index}: {failed.reason}")
+    raise failed
 
 
 def _inputs_of(attribution: CondAttribution, first: Tensor, texts: Texts | None) -> Inputs | None:
