@@ -217,6 +217,7 @@ TWO_GATES = {
     "complement_first": lambda n, a: (1.0 - n.sigmoid()) * a.sigmoid(),
     "complement_by_neg": lambda n, a: n.sigmoid() * (-a.sigmoid() + 1),
     "negative": lambda n, a: n.sigmoid() * torch.sigmoid(-a),
+    "by_exp": lambda n, a: n.sigmoid() * (1 / (1 + torch.exp(-a))),
     "both": lambda n, a: (1 - n.sigmoid()) * (1 - a.sigmoid()),
 }
 
