@@ -57,7 +57,8 @@ class Pass(Rule):
             if made.activation.is_copied:
                 raise InputError(
                     f"{layer} makes an activation of numbers before it, as of a hard sigmoid, so that all is one "
-                    "function: no relevance flows through what is named as a layer inside. Name one before, or behind"
+                    "function: no relevance flows through what is named as a layer, or copied, inside. Name one "
+                    "before, or behind"
                 )
             return made.activation.tensor()
         if isinstance(made, _OfExponentials) and layer.known.has("arithmetic") and not made.is_copied:
