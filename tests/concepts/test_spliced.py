@@ -79,6 +79,7 @@ def data() -> Tensor:
 
 @every_code
 @every_composite
+@pytest.mark.filterwarnings("ignore:DeepLift finds other constants")  # (which latents are the largest)
 @pytest.mark.parametrize("layer", ["conv1", "body.0", "body"])
 def test_nothing_changes_but_the_names(model, data, untouched, make, composite, layer):
     attribution = CondAttribution(model)
@@ -117,6 +118,7 @@ def test_latents(model, data, make, composite):
 
 @every_code
 @every_composite
+@pytest.mark.filterwarnings("ignore:DeepLift finds other constants")  # (which latents are the largest)
 def test_conditions(model, data, make, composite):
     """Heatmaps of all latents and of the error add up to the whole."""
     attribution = CondAttribution(model)

@@ -29,7 +29,6 @@ INSIDE = {
     "crp.engine.names_read: NotReplayableError",
     "crp.layers.interrupts: RuntimeError",
     "crp.visualization.mining.units: NotFiniteError",
-    "crp.visualization.mining.job: AssertionError",
     "crp.visualization.without: _NoRowsError",
 }
 
