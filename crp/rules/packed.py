@@ -24,8 +24,8 @@ from crp.layers.packed import _is_packed
 from crp.rules.functions import _enter, look_up
 from crp.rules.operands import Operands
 
-#: Whether layers of a class were found to be sums of weighted inputs.
-_are_affine: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+#: Whether layers were found to be sums of weighted inputs.
+_are_affine: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 #: Unit vectors of which a layer makes its weights at a time.
 _AT_ONCE = 1024
 
@@ -73,17 +73,6 @@ class _PackedWeight(Tensor):
         if func is torch.ops.aten.detach.default:
             return args[0]
         return func(*tree_map_only(cls, cls.dequantize, args), **tree_map_only(cls, cls.dequantize, kwargs or {}))
-
-
-def _packed_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Dense layers whose weights are packed."""
-    return [
-        module
-        for module in modules
-        if "out_features" in module.__dict__
-        and not (type(weight := module._parameters.get("weight")) is nn.Parameter and weight.is_floating_point())
-        and _is_packed_layer(module)
-    ]
 
 
 def _is_packed_layer(module: nn.Module) -> bool:
@@ -163,7 +152,13 @@ _enter(_packed_linear, replace(look_up(F.linear), parse=_parse))
 
 def _packed_seen(modules: Iterable[nn.Module]) -> list[AbstractContextManager[None]]:
     """Contexts in which layers whose weights are packed run as functions that a mode sees; none without such layers."""
-    packed = _packed_layers(modules)
+    packed = [
+        module
+        for module in modules
+        if "out_features" in module.__dict__
+        and not (type(weight := module._parameters.get("weight")) is nn.Parameter and weight.is_floating_point())
+        and _is_packed_layer(module)
+    ]
     return [_as_functions(packed)] if packed else []
 
 
@@ -185,14 +180,14 @@ def _seen(module: Any, forward: Callable[..., Any]) -> Callable[..., Tensor]:
     weights: dict[Any, Tensor] = {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        bias, kind = getattr(module, "bias", None), type(module)
-        if kwargs or len(args) != 1 or _are_affine.get(kind) is False:
+        if kwargs or len(args) != 1:
             return forward(*args, **kwargs)
         (input,) = args
-        if kind not in _are_affine:
-            _are_affine[kind] = _is_affine(forward, input)
-            return run(input)
-        key = input.dtype, input.device
+        if module not in _are_affine:
+            _are_affine[module] = _is_affine(forward, input)
+        if not _are_affine[module]:
+            return forward(input)
+        bias, key = getattr(module, "bias", None), (input.dtype, input.device)
         if key not in weights:
             kept = getattr(module, "weight", None)
             shape = module.out_features, module.in_features

@@ -8,36 +8,18 @@ from preset_cases import numbers, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import crp.composites
 import crp.rules.packed
 from crp.attribution import CondAttribution
-from crp.composites import (
-    AttnLRP,
-    DeepLift,
-    EpsilonAlpha2Beta1,
-    EpsilonPlus,
-    EpsilonPlusFlat,
-    ExcitationBackprop,
-    Gradient,
-    GuidedBackprop,
-    UniformGamma,
-)
+from crp.composites import AttnLRP, EpsilonPlus, EpsilonPlusFlat
 from crp.engine.kernel_calls import CallRecorder
 from crp.engine.replayed import Replayed
 from crp.errors import UnseenError
 from crp.layers.state import undisturbed
 from crp.rules import Epsilon
 
-KINDS = [
-    AttnLRP,
-    DeepLift,
-    EpsilonAlpha2Beta1,
-    EpsilonPlus,
-    EpsilonPlusFlat,
-    ExcitationBackprop,
-    Gradient,
-    GuidedBackprop,
-    UniformGamma,
-]
+OTHERS = "DeepLift EpsilonAlpha2Beta1 ExcitationBackprop Gradient GuidedBackprop UniformGamma"
+KINDS = [AttnLRP, EpsilonPlus, EpsilonPlusFlat, *(getattr(crp.composites, name) for name in OTHERS.split())]
 DATA = numbers(3, 3, 2, 2)
 
 
@@ -279,6 +261,22 @@ class _Rooting(_Rectifying):
 def test_layers_that_are_no_sums_of_weighted_inputs_are_refused(make):
     with pytest.raises(UnseenError, match="Backward, where no rule can see it"):
         CondAttribution(pair(make, bias=False)[0])(DATA, [{"y": 1}], EpsilonPlus())
+
+
+def test_each_layer_is_asked_whether_it_is_such_a_sum():
+    class Some(Packed):
+        rectifies = False
+
+        def kernel(self, x: Tensor) -> Tensor:
+            y = super().kernel(x)
+            return _Rectifying.apply(y) if self.rectifies else y
+
+    packed, _ = pair(Some)
+    CondAttribution(packed)(DATA, [{"y": 1}], EpsilonPlus())
+    other, _ = pair(Some)
+    other[3].rectifies = True
+    with pytest.raises(UnseenError, match="_RectifyingBackward, where no rule can see it"):
+        CondAttribution(other)(DATA, [{"y": 1}], EpsilonPlus())
 
 
 def test_layers_that_are_called_with_more_than_an_input_are_refused():
