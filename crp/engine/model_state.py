@@ -33,6 +33,7 @@ from zennit.core import Composite
 
 from crp.engine.module_hooks import _ON_ALL_MODULES, _hooks_of
 from crp.layers import modules_of
+from crp.layers.devices import _MOVING
 from crp.layers.marks import TensorMark
 
 #: Attributes that torch gives every module: parameters and buffers are compared one by one, and where there are hooks,
@@ -65,8 +66,8 @@ def is_traced() -> bool:
 def is_watched(model: nn.Module) -> bool:
     """Whether hooks on a model, or modes of torch, see each of its calls, so that none of them may be left out."""
     modules = modules_of(model).values()
-    moves = any("_hf_hook" in vars(module) for module in modules)  # (accelerate moves weights, or data, at each call)
-    return is_traced() or moves or any(_ON_ALL_MODULES) or any(map(any, map(_hooks_of, modules)))
+    is_moved = any(_MOVING in module.__dict__ for module in modules)
+    return is_traced() or is_moved or any(_ON_ALL_MODULES) or any(map(any, map(_hooks_of, modules)))
 
 
 class State:

@@ -174,12 +174,12 @@ class Snapshot:
             self._undo.append(partial(_put_gradient_back, tensor, tensor.grad, tensor.requires_grad))
         if attributes := vars(tensor):  # (in which bitsandbytes says how a weight is packed)
             self._keep_container(attributes, objects=True)
-        self._keep_content(tensor, is_written=id(tensor) not in self._later)
+        self._keep_content(tensor, with_content=id(tensor) not in self._later)
 
-    def _keep_content(self, tensor: Tensor, is_written: bool = True) -> None:
+    def _keep_content(self, tensor: Tensor, with_content: bool = True) -> None:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             same = tensor.detach()  # the same memory, and the shape and type of now
-            content = _once(same).clone() if is_written else None
+            content = _once(same).clone() if with_content else None
             self._undo.append(partial(_put_tensor_back, tensor, same, _version_of(tensor), content))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.layers.devices import can_be_read
+from crp.rules.entrywise import _itself
 from crp.rules.functions import look_up
 from crp.rules.layer import Layer, changed
 from crp.rules.notes import Notes
@@ -208,10 +209,6 @@ def _check_flow(made: _OfExponentials, total: Tensor) -> None:
             "exponentials are divided by their sum, and something else reads them, too: what flows through a layer "
             "that is named in between, or through a copy, cannot be told apart. Name a layer before, or behind"
         )
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:

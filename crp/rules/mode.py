@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise
+from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise, _itself
 from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
 from crp.rules.layer import Layer, _in_words
@@ -146,7 +146,7 @@ class SeeingMode(TorchFunctionMode):
             return (*map(self._see, results), *constant)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would run the operation again in the backward pass, where no rule acts.
-            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _keep):
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _itself):
                 return self._see(op)
         return self._see(op)
 
@@ -357,10 +357,6 @@ def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
         return F.normalize(tensor.expand(sizes), **keywords)
 
     return (direction(left) * direction(right)).sum(dim)
-
-
-def _keep(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _is_mask(index: object) -> bool:
