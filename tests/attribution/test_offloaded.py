@@ -83,10 +83,22 @@ def test_methods_that_are_no_composite():
         torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_they_are_computed_each_time():
-    """What is recorded would read weights that are gone."""
-    attribution, composite = CondAttribution(offloaded(pictures())), EpsilonPlus()
-    attribution._replayed = Replayed(CallRecorder(2, cost=0))
+def moved(model: nn.Sequential) -> nn.Sequential:
+    """A model whose weights stay where they are, and whose data go to them."""
+    model[0]._hf_hook = SimpleNamespace(execution_device="cpu")
+    return model
+
+
+@pytest.mark.parametrize("make", [offloaded, moved])
+def test_they_are_computed_each_time(make):
+    """What is recorded would read weights that are gone, or run on one device, and so nothing is."""
+
+    class Recorder(CallRecorder):
+        def record(self, run, inputs):
+            raise AssertionError("recorded")
+
+    attribution, composite = CondAttribution(make(pictures())), EpsilonPlus()
+    attribution._replayed = Replayed(Recorder(2, cost=0))
     for number in range(6):
         data = numbers(2, 3, 4, 4) + number
         found = attribution(data, [{"y": 1}], composite).heatmap
