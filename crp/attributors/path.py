@@ -116,7 +116,7 @@ class IntegratedGradients(Attributor):
             ends = (torch.cat([self.layer_output(part, self.layer) for part, _ in self.parts(inputs, target)]),)
         # (a sum of many steps in half precision would lose the last ones)
         totals = tuple(torch.zeros_like(end, dtype=torch.float64) for end in ends)
-        with self.differentiating(inputs, target, layer=self.layer) as gradients_of:
+        with self.differentiating(target, layer=self.layer) as gradients_of:
             for sample, step in self.rows(len(inputs), len(points), target, ROWS_BACKWARD):
                 starts = self._starts(baselines, inputs, sample, chosen[step])
                 ways = [end[sample.to(end.device)] - start for start, end in zip(starts, ends, strict=True)]
