@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from crp.errors import InputError, InputTypeError
-from crp.layers import find_layers, modules_of, referencing, tracing
+from crp.layers import check_returned, find_layers, modules_of, referencing, tracing
 from crp.layers.addresses import Address, hooked_at
 from crp.layers.interrupts import atomic
 from crp.layers.repeated import watch
@@ -43,13 +43,7 @@ class Tap:
         """Forward hook, with keywords."""
         if get_ident() != self.thread or tracing() or watch():
             return None
-        if not isinstance(output, Tensor):
-            is_attention = isinstance(module, nn.MultiheadAttention)
-            heads = f", such as {self.layer + '.out_proj.input'!r} for its heads" if is_attention else ""
-            raise InputTypeError(
-                f"layer {self.layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
-                f"name a layer inside it, or after it, that returns one{heads}"
-            )
+        check_returned(output, module, self.layer)
         if referencing():
             self.references.append(output.detach())
             return None
@@ -140,11 +134,7 @@ def changed_at(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor])
         calls.append(number in (None, len(calls)))
         if not calls[-1]:
             return None
-        if not isinstance(output, Tensor):
-            raise InputTypeError(
-                f"layer {layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; name a "
-                "layer inside it, or after it"
-            )
+        check_returned(output, module, name)
         return change(output)
 
     with hooked_at(modules, {(name, is_input): hook}):
