@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attribution_cases import COMPOSITES, KINDS, plain_sums, same, stack, zennit_flat
+from core_cases import Maps
 from torch import Tensor, nn
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlusFlat as ZennitEpsilonPlusFlat
@@ -351,11 +352,7 @@ def test_no_tensor_outlives_an_error(watched, images, composite):
 
 
 def test_the_attribution_does_not_keep_the_data(mlp, vectors):
-    class Tables(CondAttribution):
-        def heatmap_modifier(self, data, on_device=None):
-            return data.grad
-
-    attribution, data = Tables(mlp), vectors.clone().requires_grad_()
+    attribution, data = Maps(mlp), vectors.clone().requires_grad_()
     attribution(data, [{"y": 1, "2": [0]}], EpsilonPlusFlat(), ["0"])
     known = weakref.ref(data)
     del data

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attribution_cases import KINDS, SMALL, close, same, stack
+from core_cases import Maps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,13 +70,6 @@ class Call(nn.Module):
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         return self.function(*inputs, **named)
-
-
-class Maps(CondAttribution):
-    """Heatmaps in the shape of the inputs."""
-
-    def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
-        return data.grad
 
 
 CONDITIONS: list[dict[str, Any]] = [

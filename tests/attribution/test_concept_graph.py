@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attribution_cases import KINDS, plain_sums
+from core_cases import Maps
 from torch import Tensor, nn
 
 from crp.attribution import AttributionGraph, CondAttribution, attrGraphResult
@@ -251,13 +252,9 @@ def test_what_is_no_layer_map(graph, layer_map):
 
 
 def test_linear_layers(mlp, vectors):
-    class Tables(CondAttribution):
-        def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
-            return data.grad
-
     layers = [name for name, layer in mlp.named_modules() if isinstance(layer, nn.Linear)]
     graph = AttributionGraph(
-        Tables(mlp), trace_model_graph(mlp, vectors[:1], layers), dict.fromkeys(layers, ChannelConcept())
+        Maps(mlp), trace_model_graph(mlp, vectors[:1], layers), dict.fromkeys(layers, ChannelConcept())
     )
     nodes, connections = graph(vectors[:1], EpsilonPlus(), 2, "4", target=2, width=[2, 2], verbose=False)
     assert [layer for layer, _ in nodes] == ["4", "2", "2", "0", "0", "0", "0"]

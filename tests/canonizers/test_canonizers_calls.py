@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from canonizer_cases import Merged, check, randomize
+from core_cases import Maps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -155,19 +156,14 @@ class Loop(nn.Module):
         return self.dense(F.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
-class Everywhere(CondAttribution):
-    def heatmap_modifier(self, data, on_device=None):
-        return data.grad.clone()
-
-
 def test_relevance_of_a_loop_over_frames_is_that_of_one_pass():
     loop, data = ready(Loop()), random(2, 3, 1, 8, 8)
     at_once = copy.deepcopy(loop)
     at_once.at_once = True
-    expected = Everywhere(at_once)(data, [{"y": 1}], EpsilonPlus()).heatmap
-    found = Everywhere(loop)(data, [{"y": 1}], EpsilonPlus()).heatmap
+    expected = Maps(at_once)(data, [{"y": 1}], EpsilonPlus()).heatmap
+    found = Maps(loop)(data, [{"y": 1}], EpsilonPlus()).heatmap
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    unmerged = Everywhere(loop)(data, [{"y": 1}], EpsilonPlus([])).heatmap
+    unmerged = Maps(loop)(data, [{"y": 1}], EpsilonPlus([])).heatmap
     assert (unmerged - expected).abs().max() > 0.1 * expected.abs().max()
 
 

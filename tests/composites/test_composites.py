@@ -8,7 +8,7 @@ import pytest
 import torch
 import zennit.composites
 import zennit.rules
-from core_cases import heatmap, rules
+from core_cases import Maps, heatmap, rules
 from torch import nn
 from zennit.canonizers import SequentialMergeBatchNorm
 
@@ -226,11 +226,7 @@ def test_our_rules_inside_a_zennit_composite_propagate_relevance(mlp, vectors):
     ours = zennit.composites.LayerMapComposite([(nn.ReLU, zennit.rules.Pass()), (nn.Linear, ZPlus())])
     theirs = zennit.composites.LayerMapComposite([(nn.ReLU, zennit.rules.Pass()), (nn.Linear, zennit.rules.ZPlus())])
 
-    class Rows(CondAttribution):
-        def heatmap_modifier(self, data, on_device=None):
-            return data.grad
-
-    attribution = Rows(mlp)
+    attribution = Maps(mlp)
     found, expected = (attribution(vectors, [{"y": 1}], c).heatmap for c in (ours, theirs))
     assert expected.abs().sum() > 0
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
