@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attribution_cases import KINDS, SMALL, close, same, stack
+from attributor_cases import Call
 from core_cases import Maps
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,16 +61,6 @@ class Joined(nn.Module):
         image, table = joined.split([108, 5], 1)
         rows = len(joined) // len(self.ids)
         return self.net(image.reshape(-1, 3, 6, 6), table, self.ids.repeat_interleave(rows))
-
-
-class Call(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-        self.eval()
-
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        return self.function(*inputs, **named)
 
 
 CONDITIONS: list[dict[str, Any]] = [

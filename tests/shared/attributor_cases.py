@@ -67,6 +67,20 @@ def gradient(model: nn.Module, x: Tensor, classes: list[int] | int) -> Tensor:
     return torch.autograd.grad(output[torch.arange(len(x)), ids].sum(), leaf)[0]
 
 
+class InDict(nn.Module):
+    """A net that returns its scores beside something else, under a name; its layers keep their names."""
+
+    def __init__(self, net):
+        super().__init__()
+        for name, module in net.named_children():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        for module in self.children():
+            x = module(x)
+        return {"other": -x, "scores": x}
+
+
 class Call(nn.Module):
     """A function as a model."""
 
@@ -75,8 +89,8 @@ class Call(nn.Module):
         self.function = function
         self.eval()
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        return self.function(*inputs, **named)
 
 
 def explain(name, model, x, target=None, **options):
