@@ -19,16 +19,15 @@ from crp.attributors.target import Classes, Start, Target
 from crp.checks import check_number
 from crp.composites import Gradient as GradientComposite
 from crp.concepts import ChannelConcept
-from crp.engine.attached import check_alone, check_composite, put_on
+from crp.engine.attached import check_alone, check_composite
 from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
-from crp.engine.forward import check_one_entry, record_outputs, tensor_in
+from crp.engine.forward import check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
-from crp.engine.taps import _check_changed_once, changed_at, check_layers
+from crp.engine.taps import _check_changed_once, changed_at
 from crp.engine.targets import _warn_of_positions
 from crp.errors import InputError, InputTypeError
 from crp.layers import differentiable, unwrap
-from crp.layers.devices import _device_of
 from crp.layers.interrupts import atomic
 from crp.types import AttributionResults
 
@@ -181,12 +180,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
 
     def layer_output(self, inputs: Inputs, layer: str) -> Tensor:
         """What a layer gives under the composite, of shape (samples, *layer shape)."""
-        with put_on(self._composite(), unwrap(self.model)) as model:
-            check_layers(model, [layer], "layer")
-            outputs = record_outputs(model, inputs.to(_device_of(model)).run, len(inputs), [layer])
-        if layer not in outputs:
-            raise InputError(f"layer {layer!r} is not called in the forward pass; name another")
-        return outputs[layer]
+        with explaining(self.model, self.composite, layer=layer) as outputs, torch.no_grad():
+            return outputs(inputs)
 
     def _multipliers_at(self, layer: str, inputs: Inputs, target: Target, given: Tensor) -> Tensors:
         """Multipliers of a layer's output that is given, in place of what the layer makes of the inputs."""

@@ -120,7 +120,7 @@ def explaining(
     """
     model = unwrap(model)
     check_composite(composite)
-    device, roles = _device_of(model), {} if layer is None else {layer: "target"}
+    device, roles = _device_of(model), {} if layer is None else {layer: "layer"}
     check_layers(model, [*roles], "layer")
     with put_on(composite, model) as modified:
 

@@ -108,16 +108,16 @@ class DeepLift(Composite):
         self.variant = variant
         elementwise = Rescale() if variant == "rescale" else RevealCancel()
         rules: LayerMap = [
-            (Having.of("rescaled"), elementwise),
-            (Having.of("maximum"), MaxPool()),
+            (Having("rescaled"), elementwise),
+            (Having("maximum"), MaxPool()),
             (Functions(("batch_norm",)), BatchNorm()),
             (Kind("product"), ProductDifference()),  # (such as a linear layer whose weight depends on the input)
-            (Having.of("bilinear"), ProductDifference()),
-            (Having.of("quotient"), QuotientDifference()),
-            (Having.of("statistics"), NormalizationDifference()),
-            (Having.of("softmax"), SoftmaxDifference()),
+            (Having("bilinear"), ProductDifference()),
+            (Having("quotient"), QuotientDifference()),
+            (Having("statistics"), NormalizationDifference()),
+            (Having("softmax"), SoftmaxDifference()),
             (Functions(("glu",)), GLUDifference()),
-            (Having.of("selection"), SelectionDifference()),
+            (Having("selection"), SelectionDifference()),
             (Functions(("scaled_dot_product_attention",)), TakenApart()),
             *((Functions((name,)), TakenApart(written)) for name, written in WRITTEN_OUT.items()),
         ]

@@ -74,7 +74,7 @@ class Tap:
 def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
     """Context in which layers of a model are tapped; yields for each which of its calls is meant, and the tap.
 
-    ``roles`` says for each layer why it is tapped: ``"condition"``, ``"start"``, ``"target"`` or ``"record"``. Names
+    ``roles`` says for each layer why it is tapped: ``"condition"``, ``"start"``, ``"layer"`` or ``"record"``. Names
     are read as in `crp.layers.addresses`: ``"name#1"`` is the second call of a layer, ``"name.input"`` its input.
     """
     known = modules_of(model) if roles else {}

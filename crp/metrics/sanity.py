@@ -11,6 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from crp.engine.checking import _shuffle
 from crp.engine.door import check_seed
 from crp.errors import InputError
 from crp.flags import check_flags
@@ -80,9 +81,7 @@ def randomization(
     original, similarity = ranks(), {}
     for name in reversed(layers):
         for parameter in layers[name]:
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-            with torch.no_grad():
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+            _shuffle(parameter, generator)
         similarity[name] = _correlation(original, ranks())
     return similarity
 

@@ -212,7 +212,7 @@ class Unused(nn.Module):
     [
         (0, {}, r"output has shape \(2,\), which has no axis of classes"),
         (lambda y: y, {"layer": "unused"}, "layer 'unused' is not called in the forward pass"),
-        (Neuron("unused", 0), {"method": "occlusion"}, "layer 'unused', named as target, is not called"),
+        (Neuron("unused", 0), {"method": "occlusion"}, "layer 'unused', named as layer, is not called"),
     ],
 )
 def test_a_score_alone_and_a_layer_that_is_not_called(target, options, message):
