@@ -112,7 +112,7 @@ def explaining(
     ----------
     model : nn.Module
     composite : zennit.core.Composite, optional
-        Put on the model meanwhile.
+        Put on the model meanwhile. Whether the model predicts each sample by itself is looked at without one only.
     select : callable
         Takes the output from what the model returns.
     layer : str, optional
@@ -126,7 +126,8 @@ def explaining(
 
         def run(data: Data) -> Tensor:
             inputs = Inputs.of(data).to(device)
-            check_independent(modified, inputs, [range(len(inputs))], select)
+            if composite is None:
+                check_independent(modified, inputs, [range(len(inputs))], select)
             with tapped(modified, roles) as taps:
                 returned = inputs.run(modified)
             output = select(returned) if layer is None else outputs_meant(taps, roles)[0][layer]
