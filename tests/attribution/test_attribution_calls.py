@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from attribution_cases import KINDS, close, net, plain_sums, rows, same, stack, zennit_flat
+from attribution_cases import close, every_kind, net, parallel, plain_sums, rows, same, stack, zennit_flat
 from core_cases import Maps
 from torch import nn
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
@@ -18,9 +18,6 @@ from crp.attribution import CondAttribution, attrResult
 from crp.composites import DeepLift, EpsilonPlus, EpsilonPlusFlat, Gradient
 from crp.concepts import ChannelConcept
 from crp.types import AttributionResults
-
-parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 
 
 def shared_gradient() -> nn.Module:

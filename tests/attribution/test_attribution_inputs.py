@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attribution_cases import KINDS, SMALL, close, same, stack
+from attribution_cases import SMALL, close, every_kind, parallel, same, stack
 from attributor_cases import Call
 from core_cases import Maps
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from crp.attributors import GradCAM, Gradient, IntegratedGradients, Occlusion, S
 from crp.composites import DeepLift, EpsilonPlus, GradientTimesInput, UniformEpsilon
 from crp.concepts import ChannelConcept
 from crp.engine.inputs import Inputs
-
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
-parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
 
 IMAGE = SMALL
 TABLE = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

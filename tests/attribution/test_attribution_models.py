@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, SMALL, ask, close, net, rows, same, stack
+from attribution_cases import SMALL, ask, close, every_composite, every_kind, net, rows, same, stack
 from core_cases import Maps
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
@@ -27,8 +27,6 @@ from crp.concepts import ChannelConcept
 from crp.engine.encoding import Encoding
 from crp.layers import LayerNotFoundError
 
-every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 CONDITIONS = [{"y": 1, "features.3": [0, 2]}, {"y": 3}]
 
 

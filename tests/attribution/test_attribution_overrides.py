@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attribution_cases import KINDS, close, net, plain_sums, same, stack
+from attribution_cases import close, every_kind, net, parallel, plain_sums, same, stack
 from core_cases import Maps
 from torch import Tensor, nn
 
@@ -14,9 +14,6 @@ from crp.concepts import ChannelConcept
 from crp.trace.graph import trace_model_graph
 
 CONDITIONS = [{"y": [1], "2": [0, 3]}, {"y": [2], "2": [5]}, {"y": [0]}, {"2": [1], "y": 3}]
-
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
-parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
 
 
 def both(attribution, data, conditions, composite, record=("0",), **keywords):
@@ -211,10 +208,6 @@ def test_select_output(mlp, vectors, composite):
     assert close(found.heatmap, Maps(mlp)(vectors[:2], CONDITIONS, composite).heatmap)
     parts = Second(model).generate(vectors[:2], conditions, composite, batch_size=3, verbose=False)
     assert same(stack(parts), found)
-    with pytest.raises(
-        TypeError, match=r"returns a tuple.*choose the tensor to explain by output=, of CondAttribution or crp.explain"
-    ):
-        Maps(model)(vectors, conditions, composite)
 
 
 def test_name_of_the_output(vectors, untouched):

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from attribution_cases import KINDS, plain_sums
+from attribution_cases import every_kind, plain_sums
 from core_cases import Maps
 from torch import Tensor, nn
 
@@ -20,8 +20,6 @@ from crp.types import AttributionGraphResults
 
 pytestmark = plain_sums
 LAYERS = ["conv1", "layer1.conv1", "layer1.conv2", "layer2.conv1", "layer2.conv2", "layer2.downsample.0"]
-
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 
 
 @pytest.fixture
