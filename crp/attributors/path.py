@@ -178,9 +178,8 @@ def nodes(quadrature: Quadrature, steps: int, generator: torch.Generator | None 
         weights[[0, -1]] /= 2
         return torch.linspace(0, 1, steps, dtype=torch.float64), weights
     if quadrature == "random":
-        return torch.rand(steps, generator=generator, dtype=torch.float64), torch.full(
-            (steps,), 1 / steps, dtype=torch.float64
-        )
-    offset = {"right": 1.0, "middle": 0.5, "left": 0.0}[quadrature]
-    points = (torch.arange(steps, dtype=torch.float64) + offset) / steps
+        points = torch.rand(steps, generator=generator, dtype=torch.float64)
+    else:
+        offset = {"right": 1.0, "middle": 0.5, "left": 0.0}[quadrature]
+        points = (torch.arange(steps, dtype=torch.float64) + offset) / steps
     return points, torch.full((steps,), 1 / steps, dtype=torch.float64)
