@@ -7,7 +7,7 @@ import pytest
 import torch
 import zennit.attribution
 import zennit.composites
-from attributor_cases import Call, TwoInputs, gap_net, gradient, images, two_inputs
+from attributor_cases import Call, TwoInputs, close, gap_net, gradient, images, two_inputs
 from core_cases import Maps
 from hypothesis import given, settings
 from torch import nn
@@ -32,7 +32,6 @@ from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs
 
 few = settings(max_examples=20, deadline=None)
-close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 EVERY = [Gradient, Saliency, Sensitivity, SimpleTaylor, IntegratedGradients, SmoothGrad]
 
 

@@ -1,13 +1,12 @@
 """One call for all methods: names, options, targets, inputs and shapes; what DeepExplain and excitationbp define."""
 
-import functools
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from attributor_cases import GIVEN, MAPS, NAMES, TwoInputs, explain, gap_net, gradient, images, two_inputs
+from attributor_cases import GIVEN, MAPS, NAMES, TwoInputs, close, explain, gap_net, gradient, images, two_inputs
 from torch import nn
 
 import crp
@@ -16,7 +15,6 @@ from crp.attributors import Gradient, Neuron
 from crp.composites.registry import _registry, register
 from crp.outputs import Element
 
-close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 DEEP_EXPLAIN = ["saliency", "grad*input", "intgrad", "elrp", "deeplift", "occlusion", "shapley_sampling"]
 
 

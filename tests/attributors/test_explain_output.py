@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 
 import pytest
 import torch
-from attributor_cases import InDict, gap_net, images
+from attributor_cases import InDict, close, gap_net, images
 from detectors import DETECTORS
 from preset_cases import numbers, seeded
 from test_explain import GIVEN, NAMES
@@ -18,8 +17,6 @@ from crp import composites
 from crp.attribution import CondAttribution
 from crp.attributors import Gradient, Neuron
 from crp.outputs import Element, Pixels, detection, segmentation, with_logits
-
-close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 
 
 def scores(returned):

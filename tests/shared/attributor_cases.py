@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 import crp
 
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 NAMES = [method.name for method in crp.methods()]
 MAPS = ["cam", "grad_cam", "grad_cam_pp", "guided_grad_cam"]
 #: Options that must be given, or that keep tests short.
