@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from threading import get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,24 +14,21 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
+from crp.attributors.scores import explaining
 from crp.attributors.target import Classes, Start, Target
 from crp.checks import check_number
 from crp.composites import Gradient as GradientComposite
 from crp.concepts import ChannelConcept
-from crp.engine.attached import check_alone, check_composite, put_on
+from crp.engine.attached import check_alone, check_composite
 from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
-from crp.engine.forward import check_columns, check_one_entry, record_outputs, tensor_in
-from crp.engine.independence import check_independent
+from crp.engine.forward import check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
-from crp.engine.taps import _check_changed_once, changed_at, check_layers
+from crp.engine.taps import _check_changed_once, changed_at
 from crp.engine.targets import _warn_of_positions
 from crp.errors import InputError, InputTypeError
-from crp.layers import differentiable, modules_of, unwrap
-from crp.layers.addresses import Address, hooked_at
-from crp.layers.devices import _device_of
+from crp.layers import differentiable, unwrap
 from crp.layers.interrupts import atomic
-from crp.layers.repeated import watch
 from crp.types import AttributionResults
 
 #: Default number of rows in a pass through the model, for methods that see each sample several times.
@@ -184,12 +180,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
 
     def layer_output(self, inputs: Inputs, layer: str) -> Tensor:
         """What a layer gives under the composite, of shape (samples, *layer shape)."""
-        with put_on(self._composite(), unwrap(self.model)) as model:
-            check_layers(model, [layer], "layer")
-            outputs = record_outputs(model, inputs.to(_device_of(model)).run, len(inputs), [layer])
-        if layer not in outputs:
-            raise InputError(f"layer {layer!r} is not called in the forward pass; name another")
-        return outputs[layer]
+        with explaining(self.model, self.composite, layer=layer) as outputs, torch.no_grad():
+            return outputs(inputs)
 
     def _multipliers_at(self, layer: str, inputs: Inputs, target: Target, given: Tensor) -> Tensors:
         """Multipliers of a layer's output that is given, in place of what the layer makes of the inputs."""
@@ -209,7 +201,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
 
     @atomic
     def differentiating(
-        self, inputs: Inputs, target: Target, relevance: bool = False, layer: str | None = None
+        self, target: Target, relevance: bool = False, layer: str | None = None
     ) -> Iterator[Callable[..., Tensors]]:
         """Function, for many passes, from variants of inputs and the target of these rows to what `multipliers` gives.
 
@@ -225,7 +217,6 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             )
             return
         differentiable(self.model)
-        model = self._model_of_variants(inputs, target)
 
         def gradients(inputs: Inputs, rows: Target) -> Tensors:
             leaves = [data.detach().requires_grad_() for data in inputs.explained]
@@ -236,28 +227,18 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             start = rows.weights(output.detach())
             return torch.autograd.grad(output, leaves, start, allow_unused=True, materialize_grads=True)
 
-        with put_on(None, model), _outputs(model, target.select, target.layer) as outputs:
+        with explaining(self.model, None, target.select, target.layer) as outputs:
             yield gradients
 
     @atomic
-    def scoring(self, inputs: Inputs, target: Target) -> Iterator[Callable[[Inputs, Target], Tensor]]:
+    def scoring(self, target: Target) -> Iterator[Callable[[Inputs, Target], Tensor]]:
         """Function from variants of inputs and the target of these rows to their scores, without gradients."""
-        model = self._model_of_variants(inputs, target)
-        with put_on(None, model), _outputs(model, target.select, target.layer) as outputs, torch.no_grad():
+        with explaining(self.model, None, target.select, target.layer) as outputs, torch.no_grad():
             yield lambda inputs, rows: rows.score(outputs(inputs))
-
-    def _model_of_variants(self, inputs: Inputs, target: Target) -> nn.Module:
-        """The model, which gets variants of inputs in batches."""
-        model = unwrap(self.model)
-        if target.layer is not None:
-            check_layers(model, [target.layer], "layer")
-        check_independent(model, inputs.to(_device_of(model)), [range(self.batch_size or 2)], target.select)
-        return model
 
     def output(self, inputs: Inputs, select: Callable[[Any], Tensor] = tensor_in) -> Tensor:
         """Output of the model, in parts of ``batch_size`` rows; ``select`` takes it from what the model returns."""
-        model = unwrap(self.model)
-        with put_on(None, model), _outputs(model, select) as outputs, torch.no_grad():
+        with explaining(self.model, select=select) as outputs, torch.no_grad():
             parts = torch.split(torch.arange(len(inputs)), self.batch_size or len(inputs))
             return torch.cat([outputs(inputs.select(part.tolist())) for part in parts])
 
@@ -336,36 +317,6 @@ class _Explained(CondAttribution):
     def _initial(self, output: Tensor) -> Tensor:
         weights = self.target.weights(output)
         return weights if self.encoding.as_multiplier or self.encoding.from_one else weights * output
-
-
-@atomic
-def _outputs(
-    model: nn.Module, select: Callable[[Any], Tensor], layer: str | None = None
-) -> Iterator[Callable[[Inputs], Tensor]]:
-    """Function from inputs to what ``select`` takes from the model's output, or to the output of a layer."""
-    device = _device_of(model)
-    seen: list[Any] = []
-    modules = modules_of(model)
-    name, is_input, number = Address.of(layer or "", modules)
-    thread = get_ident()
-
-    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if get_ident() == thread and not watch():
-            seen.append(output)
-
-    def outputs(inputs: Inputs) -> Tensor:
-        seen.clear()
-        inputs.to(device).run(model)
-        if layer is not None and (len(seen) <= (number or 0) or (len(seen) > 1 and number is None)):
-            raise InputError(f"layer {layer!r} is called {len(seen)} times in the forward pass; name one, {name}#0 ...")
-        if layer is not None:
-            return tensor_in(seen[number or 0])
-        output = select(seen[0])
-        check_columns("the model's output", output, len(inputs))
-        return output
-
-    with hooked_at(modules, {(name, is_input): keep}):
-        yield outputs
 
 
 def _target(target: Any) -> Target:

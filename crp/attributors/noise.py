@@ -87,7 +87,7 @@ class SmoothGrad(Attributor):
         # (differences of large sums would lose digits in single precision)
         sums = [torch.zeros_like(data, dtype=torch.float64) for data in explained]
         squares = [torch.zeros_like(data, dtype=torch.float64) for data in explained]
-        with self.differentiating(inputs, target, relevance=True) as gradients_of:
+        with self.differentiating(target, relevance=True) as gradients_of:
             for sample, copy in self.rows(len(inputs), n_copies, target, ROWS_BACKWARD):
                 noisy = []
                 for number, data in enumerate(explained):

@@ -81,7 +81,7 @@ class Occlusion(Attributor):
         places = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]
         # (a long sum in half precision would stop growing, and a count of windows at 256)
         totals = [torch.zeros_like(data, dtype=torch.float64).flatten(1) for data in explained]
-        with self.scoring(inputs, target) as score:
+        with self.scoring(target) as score:
             whole = torch.cat([score(*part) for part in self.parts(inputs, target)])
             whole = whole.to(explained[0].device, torch.float64)
             for number, (data, cover) in enumerate(zip(explained, covers, strict=True)):

@@ -116,7 +116,7 @@ class IntegratedGradients(Attributor):
             ends = (torch.cat([self.layer_output(part, self.layer) for part, _ in self.parts(inputs, target)]),)
         # (a sum of many steps in half precision would lose the last ones)
         totals = tuple(torch.zeros_like(end, dtype=torch.float64) for end in ends)
-        with self.differentiating(inputs, target, layer=self.layer) as gradients_of:
+        with self.differentiating(target, layer=self.layer) as gradients_of:
             for sample, step in self.rows(len(inputs), len(points), target, ROWS_BACKWARD):
                 starts = self._starts(baselines, inputs, sample, chosen[step])
                 ways = [end[sample.to(end.device)] - start for start, end in zip(starts, ends, strict=True)]
@@ -178,9 +178,8 @@ def nodes(quadrature: Quadrature, steps: int, generator: torch.Generator | None 
         weights[[0, -1]] /= 2
         return torch.linspace(0, 1, steps, dtype=torch.float64), weights
     if quadrature == "random":
-        return torch.rand(steps, generator=generator, dtype=torch.float64), torch.full(
-            (steps,), 1 / steps, dtype=torch.float64
-        )
-    offset = {"right": 1.0, "middle": 0.5, "left": 0.0}[quadrature]
-    points = (torch.arange(steps, dtype=torch.float64) + offset) / steps
+        points = torch.rand(steps, generator=generator, dtype=torch.float64)
+    else:
+        offset = {"right": 1.0, "middle": 0.5, "left": 0.0}[quadrature]
+        points = (torch.arange(steps, dtype=torch.float64) + offset) / steps
     return points, torch.full((steps,), 1 / steps, dtype=torch.float64)

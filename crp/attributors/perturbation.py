@@ -241,11 +241,11 @@ class MeaningfulPerturbation:
         data = data.detach()
         generator = self.generator or torch.Generator().manual_seed(self.seed)
         select = tensor_in if asked is None else asked.select
+        with explaining(self.model, select=select) as run, torch.no_grad():
+            output = run(data)
+        known = known_target(asked, output)
         with explaining(self.model, self.composite, select) as run, torch.enable_grad():
             images = self._pyramid(data, generator)
-            with torch.no_grad():
-                output = run(data)
-            known = known_target(asked, output)
 
             def rate(image: Tensor) -> Tensor:
                 return score_of(run(image), known, self.score)

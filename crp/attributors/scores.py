@@ -15,9 +15,11 @@ from crp.engine.forward import check_columns, tensor_in
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Data, Inputs
 from crp.engine.probabilities import log_probabilities, probabilities
+from crp.engine.taps import check_layers, outputs_meant, tapped
 from crp.engine.targets import _ONE_SCORE
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
+from crp.layers.devices import _device_of
 from crp.layers.interrupts import atomic
 
 ScoreName = Literal["softmax", "log_softmax", "output"]
@@ -99,27 +101,38 @@ def check_exclusive(score: ScoreName, output: object) -> None:
 
 @atomic
 def explaining(
-    model: nn.Module, composite: Composite | None = None, select: Callable[[Any], Tensor] = tensor_in
+    model: nn.Module,
+    composite: Composite | None = None,
+    select: Callable[[Any], Tensor] = tensor_in,
+    layer: str | None = None,
 ) -> Iterator[Callable[[Data], Tensor]]:
-    """Context with a function from inputs to the model's output, in evaluation mode. On leaving, all is as before.
+    """Context with a function from inputs to the output of a model in evaluation mode. On leaving, all is as before.
 
     Parameters
     ----------
     model : nn.Module
     composite : zennit.core.Composite, optional
-        Put on the model meanwhile.
+        Put on the model meanwhile. Whether the model predicts each sample by itself is looked at without one only.
     select : callable
         Takes the output from what the model returns.
+    layer : str, optional
+        Whose output is given, in place of the model's.
     """
     model = unwrap(model)
     check_composite(composite)
+    device, roles = _device_of(model), {} if layer is None else {layer: "layer"}
+    check_layers(model, [*roles], "layer")
     with put_on(composite, model) as modified:
 
         def run(data: Data) -> Tensor:
-            inputs = Inputs.of(data)
-            check_independent(modified, inputs, [range(len(inputs))], select)
-            output = select(inputs.run(modified))
-            check_columns("the model's output", output, len(inputs))
+            inputs = Inputs.of(data).to(device)
+            if composite is None:
+                check_independent(modified, inputs, [range(len(inputs))], select)
+            with tapped(modified, roles) as taps:
+                returned = inputs.run(modified)
+            output = select(returned) if layer is None else outputs_meant(taps, roles)[0][layer]
+            what = "the model's output" if layer is None else f"the output of layer {layer!r}"
+            check_columns(what, output, len(inputs))
             return output
 
         yield run

@@ -83,7 +83,7 @@ class ShapleySampling(Attributor):
         scores = torch.zeros(n_samples, len(orders) * coalitions, dtype=torch.float64)
         # Place of each player in each permutation.
         ranks = orders.argsort(1)
-        with self.scoring(inputs, target) as score:
+        with self.scoring(target) as score:
             for sample, time in self.rows(n_samples, len(orders) * coalitions, target, ROWS_FORWARD):
                 order, size = time // coalitions, time % coalitions
                 number = order // len(given)

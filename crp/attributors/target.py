@@ -116,6 +116,11 @@ class Target:
             ) from None
 
 
+def _check_one_or_each(n: int, what: str, n_samples: int) -> None:
+    if n not in (1, n_samples):
+        raise InputError(f"target has {n} {what} for {n_samples} samples; give one for all, or one for each")
+
+
 class Classes(Target):
     """Output of one class, or of one for each sample; over further axes of the output it is summed.
 
@@ -132,10 +137,7 @@ class Classes(Target):
 
     def check(self, n_samples: int) -> None:
         """Raise a `ValueError` if there is not one class, or one for each sample."""
-        if len(self.ids) not in (1, n_samples):
-            raise InputError(
-                f"target has {len(self.ids)} classes for {n_samples} samples; give one for all, or one for each"
-            )
+        _check_one_or_each(len(self.ids), "classes", n_samples)
 
     def score(self, output: Tensor) -> Tensor:
         """Output of the class."""
@@ -174,10 +176,7 @@ class _Places(Target):
 
     def check(self, n_samples: int) -> None:
         """Raise a `ValueError` if there is not one place, or one for each sample."""
-        if len(self.places) not in (1, n_samples):
-            raise InputError(
-                f"target has {len(self.places)} places for {n_samples} samples; give one for all, or one for each"
-            )
+        _check_one_or_each(len(self.places), "places", n_samples)
 
     def score(self, output: Tensor) -> Tensor:
         """Sum of the output there, with the signs of tokens."""

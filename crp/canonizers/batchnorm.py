@@ -115,10 +115,9 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         if tracing() or get_ident() != self._thread:
             return
         self._handles.remove()
+        norms = [name for name, module in root.named_modules() if is_batch_norm(module)]
         if any(map(is_lazy, (*root.parameters(), *root.buffers()))):
-            named = root.named_modules()
-            reason = "the model had parameters that no call had initialized"
-            self.left = {name: reason for name, module in named if is_batch_norm(module)}
+            self.left = dict.fromkeys(norms, "the model had parameters that no call had initialized")
             return
         try:
             record = recorded(root, args, kwargs, key)
@@ -126,7 +125,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
             if "does not require grad" not in str(error):
                 raise
             reason = "the model differentiates inside its forward pass, which the pass that looks for places cannot do"
-            self.left = {name: reason for name, module in root.named_modules() if is_batch_norm(module)}
+            self.left = dict.fromkeys(norms, reason)
             warn(f"batch norm is not merged: {reason}")
             return
         self._merge(_plan_of(root, record))

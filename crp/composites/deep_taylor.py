@@ -87,7 +87,7 @@ class DeepTaylor(_OfDegreeOne):
         hidden = ZPlus(stabilizer, zero_params)
         rules: LayerMap = [(Kind("convolution"), hidden), (Kind("dense"), hidden)]
         if maxpool == "avg":
-            rules = [*rules, (Having.of("maximum"), SumPool())]
+            rules = [*rules, (Having("maximum"), SumPool())]
         others = _base(zero_params=zero_params, method=type(self).__name__)
         super().__init__(
             canonizers,

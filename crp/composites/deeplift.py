@@ -108,16 +108,16 @@ class DeepLift(Composite):
         self.variant = variant
         elementwise = Rescale() if variant == "rescale" else RevealCancel()
         rules: LayerMap = [
-            (Having.of("rescaled"), elementwise),
-            (Having.of("maximum"), MaxPool()),
+            (Having("rescaled"), elementwise),
+            (Having("maximum"), MaxPool()),
             (Functions(("batch_norm",)), BatchNorm()),
             (Kind("product"), ProductDifference()),  # (such as a linear layer whose weight depends on the input)
-            (Having.of("bilinear"), ProductDifference()),
-            (Having.of("quotient"), QuotientDifference()),
-            (Having.of("statistics"), NormalizationDifference()),
-            (Having.of("softmax"), SoftmaxDifference()),
+            (Having("bilinear"), ProductDifference()),
+            (Having("quotient"), QuotientDifference()),
+            (Having("statistics"), NormalizationDifference()),
+            (Having("softmax"), SoftmaxDifference()),
             (Functions(("glu",)), GLUDifference()),
-            (Having.of("selection"), SelectionDifference()),
+            (Having("selection"), SelectionDifference()),
             (Functions(("scaled_dot_product_attention",)), TakenApart()),
             *((Functions((name,)), TakenApart(written)) for name, written in WRITTEN_OUT.items()),
         ]
@@ -129,18 +129,14 @@ class DeepLift(Composite):
         self._samples: tuple[list[int], int] | None = None
         self._listed = False
 
-    @property
-    def members(self) -> list[Composite]:
-        """One composite for each reference of a list; the mean of their results is that of this one."""
-        if not isinstance(self.reference, list):
-            return [self]
-        return [self._member(reference) for reference in self.reference]
-
     def members_for(self, data: Tensor) -> list[Composite]:
-        """One composite for each reference of ``data``, whether these are listed or stacked in a tensor."""
-        if isinstance(self.reference, Tensor) and self.reference.dim() == data.dim() + 1:
-            return [self._member(reference) for reference in self.reference]
-        return self.members
+        """One composite for each reference of ``data``; the mean of their results is that of this one."""
+        return [self._member(reference) for reference in self.reference] if self._has_several(data) else [self]
+
+    def _has_several(self, data: Tensor) -> bool:
+        """Whether there are several references of data, in a list or stacked in a tensor."""
+        chosen = self.reference
+        return isinstance(chosen, list) or (isinstance(chosen, Tensor) and chosen.dim() == data.dim() + 1)
 
     def _member(self, reference: Reference) -> DeepLift:
         canonizers = "auto" if self.auto else list(self.canonizers)
@@ -163,7 +159,7 @@ class DeepLift(Composite):
             If a callable returns no tensor.
         """
         chosen = self.reference
-        if isinstance(chosen, list) or (isinstance(chosen, Tensor) and chosen.dim() == data.dim() + 1):
+        if self._has_several(data):
             raise InputError(
                 f"this DeepLift has {len(chosen)} references, whose results CondAttribution averages; "
                 "within a context of your own, use one of composite.members_for(data) at a time"

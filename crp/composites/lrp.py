@@ -60,17 +60,17 @@ def _base(
     if attention is not None:
         products = [
             (Functions(("scaled_dot_product_attention",)), DotProductAttention(attention)),
-            (Having.of("softmax"), _Softmax()),
+            (Having("softmax"), _Softmax()),
             (Kind("product"), MatrixProduct(attention)),
         ]
     return [
-        (Having.of("identity"), Pass()),
+        (Having("identity"), Pass()),
         (Functions(("logaddexp", "logaddexp2")), _Softplus()),
         (Functions(("mul",)), Gate(gates, attention)),
-        (Having.of("quotient"), Quotient()),
-        (Having.of("statistics"), Normalization(zero_params)),
+        (Having("quotient"), Quotient()),
+        (Having("statistics"), Normalization(zero_params)),
         (Functions(("glu",)), GLU(gates)),
-        (Having.of("choosing"), _Proportional()),
+        (Having("choosing"), _Proportional()),
         (Functions(("cdist", "pairwise_distance", "std")), _Proportional()),
         (Functions(("var",)), _OfSquares()),
         (Functions(("grid_sample",)), _ByGrid()),
@@ -78,7 +78,7 @@ def _base(
         (Functions(("prod",)), _OfFactors()),
         (Functions(("prelu",)), refused),
         *products,
-        (Having.of("attention"), refused),
+        (Having("attention"), refused),
     ]
 
 

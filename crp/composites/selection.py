@@ -141,15 +141,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class Having:
-    """Functions that have one of these properties in the table of functions."""
+    """Functions that have a property in the table of functions, one of `PROPERTIES`."""
 
-    properties: frozenset[str]
+    name: str
 
-    @classmethod
-    def of(cls, *properties: str) -> Having:
-        """Functions that have one of these."""
-        assert set(properties) <= PROPERTIES
-        return cls(frozenset(properties))
+    def __post_init__(self) -> None:
+        assert self.name in PROPERTIES
 
 
 #: Module type(s), a layer name or pattern (``"features.*"``), a position, a kind, or function(s) of torch (`F.relu`).
@@ -230,7 +227,7 @@ class MapEntry:
         if isinstance(selector, Kind):
             return kind == selector.name
         if isinstance(selector, Having):
-            return not known.properties.isdisjoint(selector.properties)
+            return known.has(selector.name)
         if isinstance(selector, First | Depth):
             return _fits(known, kind, selector.types)
         if _is_types(selector):

@@ -12,13 +12,9 @@ from torch import Tensor
 from crp.checks import check_number
 from crp.concepts.base import Concept, _InTurn
 from crp.concepts.channels import ChannelConcept, _KeepChannels
-from crp.concepts.ids import _masked, check_alike, check_axis
-from crp.concepts.scores import ConceptScores
+from crp.concepts.ids import check_alike, check_axis
 from crp.errors import InputError
-from crp.flags import check_flags
 from crp.types import MaskFn
-
-_CHANNELS = ChannelConcept()
 
 
 class AxisConcept(Concept):
@@ -83,24 +79,6 @@ class AxisConcept(Concept):
         n_groups = n_places if self.groups is None else self.groups
         return np.arange(n_places // n_groups * int(np.prod(sizes)))
 
-    def attribute(
-        self, relevance: Tensor, mask: Tensor | None = None, layer_name: str | None = None, abs_norm: bool = True
-    ) -> Tensor:
-        """Relevance of every concept, (batch, concepts), as by `ChannelConcept.attribute`."""
-        check_flags(abs_norm=abs_norm)
-        return _CHANNELS.attribute(self.arranged(_masked(relevance, mask), layer_name), None, layer_name, abs_norm)
-
-    def scores(self, relevance: Tensor, layer_name: str | None = None) -> ConceptScores:
-        """Sum, maximum and its position for every concept."""
-        return _CHANNELS.scores(self.arranged(relevance, layer_name), layer_name)
-
-    def reference_sampling(
-        self, relevance: Tensor, layer_name: str | None = None, max_target: str = "sum", abs_norm: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sort the batch by each concept's relevance, as `ChannelConcept.reference_sampling`."""
-        check_flags(abs_norm=abs_norm)
-        return _CHANNELS.reference_sampling(self.arranged(relevance, layer_name), layer_name, max_target, abs_norm)
-
     def arranged(self, values: Tensor, layer_name: str | None = None) -> Tensor:
         """View of a layer's output with its concepts along axis 1: (batch, concepts, *positions).
 
@@ -118,6 +96,9 @@ class AxisConcept(Concept):
                 f"{self.groups} equal groups"
             )
         return values.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call, no-any-return]
+
+    def _from_relevance(self, relevance: Tensor, layer_name: str | None) -> Tensor:
+        return self.arranged(relevance, layer_name)
 
     def _axis(self, n_axes: int, layer_name: str | None) -> int:
         axis = self.axis + n_axes if self.axis < 0 else self.axis

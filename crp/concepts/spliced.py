@@ -160,14 +160,6 @@ class _Coding(ByChainRule):
         super().__init__()
         self._coder, self.axis = [coder], axis  # (a list, so that a module is a part of the model once)
 
-    def encoded(self, activation: Tensor) -> Tensor:
-        """Latents of a layer's output."""
-        return self._made("encode", activation)
-
-    def decoded(self, latents: Tensor) -> Tensor:
-        """Activation that latents explain."""
-        return self._made("decode", latents)
-
     def _made(self, method: str, given: Tensor) -> Tensor:
         """What a method of the autoencoder makes of a tensor, with channels on the axis of the layer's."""
         if not -given.dim() < self.axis < given.dim():
@@ -196,13 +188,13 @@ class _Coding(ByChainRule):
 class _Encode(_Coding):
     def forward(self, activation: Tensor) -> Tensor:
         """Latents."""
-        return self.encoded(activation)
+        return self._made("encode", activation)
 
 
 class _Decode(_Coding):
     def forward(self, latents: Tensor) -> Tensor:
         """What the latents explain."""
-        return self.decoded(latents)
+        return self._made("decode", latents)
 
 
 class _Error(_Coding):
@@ -210,10 +202,10 @@ class _Error(_Coding):
 
     def forward(self, output: Tensor, source: Tensor) -> Tensor:
         """What they do not; encoded anew, since the sum must depend on the latents of the one path only."""
-        explained = self.decoded(self.encoded(source))
+        explained = self._explained(source)
         if not self.is_checked and not is_recording():
             with torch.no_grad():
-                again = self.decoded(self.encoded(source))
+                again = self._explained(source)
             if not torch.allclose(again, explained, rtol=1e-3, atol=1e-3 * _largest(explained), equal_nan=True):
                 raise InputError(
                     "the autoencoder gives other numbers for the same activation; is it in evaluation mode, and "
@@ -221,6 +213,9 @@ class _Error(_Coding):
                 )
             self.is_checked = True
         return output - explained
+
+    def _explained(self, source: Tensor) -> Tensor:
+        return self._made("decode", self._made("encode", source))
 
 
 class _Sum(ByChainRule):

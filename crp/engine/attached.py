@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from threading import get_ident
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from zennit.core import BasicHook, Composite, Hook
 from crp.engine.door import _check_merged, check_weights
 from crp.engine.encoding import propagation_of
 from crp.engine.last_calls import LastCalls, PlainSums
-from crp.engine.module_hooks import _ON_ALL_MODULES, HOOKS, OfThread
+from crp.engine.module_hooks import _ON_ALL_MODULES, OfThread, _hooks_of
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
 from crp.layers import (
@@ -273,10 +273,11 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
                 undo.enter_context(_restored_on_error(model))
             undo.callback(_take_off, composite)
             _of_calls.add(composite)
-            before = {} if asked.isolates else _hooks_of(modules)
+            before = set() if asked.isolates else {(id(hooks), n) for hooks, n in _forward_hooks_of(modules)}
             composite.register(model)
-            if not asked.isolates:
-                _for_this_thread(modules_of(model), before)
+            for hooks, number in [] if asked.isolates else _forward_hooks_of(modules_of(model)):
+                if (id(hooks), number) not in before:
+                    hooks[number] = OfThread(hooks[number], get_ident())
             if not (asked.isolates or composite.hook_refs or composite.module_map is Composite._empty_module_map):
                 tell(
                     f"{_kind(composite)} has a rule for no layer of the model, and gives the plain gradient: rules of "
@@ -319,17 +320,9 @@ def _check_not_nested(use: _Use) -> None:
             )
 
 
-def _hooks_of(modules: dict[str, nn.Module]) -> dict[tuple[int, str], set[int]]:
-    return {(id(m), kind): set(getattr(m, kind)) for m in modules.values() for kind in HOOKS[:2]}
-
-
-def _for_this_thread(modules: dict[str, nn.Module], before: dict[tuple[int, str], set[int]]) -> None:
-    """Let hooks that have come to modules act in this thread only."""
-    for module in modules.values():
-        for kind in HOOKS[:2]:
-            hooks = getattr(module, kind)
-            for number in hooks.keys() - before.get((id(module), kind), set()):
-                hooks[number] = OfThread(hooks[number], get_ident())
+def _forward_hooks_of(modules: dict[str, nn.Module]) -> list[tuple[dict[int, Any], int]]:
+    """Hooks before and after calls of modules: where each is kept, and its number."""
+    return [(hooks, number) for module in modules.values() for hooks in _hooks_of(module)[:2] for number in hooks]
 
 
 @atomic

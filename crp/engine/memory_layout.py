@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from crp.engine.backward import lacks_memory
+from crp.engine.forward import ForwardPass
 from crp.engine.inputs import Inputs
 from crp.engine.model_state import is_watched
 from crp.layers import modules_of
@@ -30,15 +30,6 @@ _TOLERANCE, _SHORT_TOLERANCE = 1e-3, 2e-2
 _shares: weakref.WeakKeyDictionary[nn.Module, float | None] = weakref.WeakKeyDictionary()
 #: Whether a model gives the same with the channels last, by the shape of a sample.
 _same: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, bool]] = weakref.WeakKeyDictionary()
-
-
-class _Passed(Protocol):
-    @property
-    def output(self) -> Tensor:
-        """What the model returned."""
-
-
-P = TypeVar("P", bound=_Passed)
 
 
 def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
@@ -70,7 +61,7 @@ def _multiplies_matrices(data: Tensor) -> bool:
     return not exact and torch.cuda.get_device_capability(data.device) >= (8, 0)
 
 
-def run_channels_last(run: Callable[[Inputs], P], model: nn.Module, inputs: Inputs) -> P | None:
+def run_channels_last(run: Callable[[Inputs], ForwardPass], model: nn.Module, inputs: Inputs) -> ForwardPass | None:
     """Forward pass with the channels last; None where the model cannot do that, or predicts something else.
 
     The first time, the prediction is compared with that of the usual layout.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from crp.errors import InputError, InputTypeError
-from crp.layers import find_layers, modules_of, referencing, tracing
+from crp.layers import check_returned, find_layers, modules_of, referencing, tracing
 from crp.layers.addresses import Address, hooked_at
 from crp.layers.interrupts import atomic
 from crp.layers.repeated import watch
@@ -43,13 +43,7 @@ class Tap:
         """Forward hook, with keywords."""
         if get_ident() != self.thread or tracing() or watch():
             return None
-        if not isinstance(output, Tensor):
-            is_attention = isinstance(module, nn.MultiheadAttention)
-            heads = f", such as {self.layer + '.out_proj.input'!r} for its heads" if is_attention else ""
-            raise InputTypeError(
-                f"layer {self.layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; "
-                f"name a layer inside it, or after it, that returns one{heads}"
-            )
+        check_returned(output, module, self.layer)
         if referencing():
             self.references.append(output.detach())
             return None
@@ -80,8 +74,8 @@ class Tap:
 def tapped(model: nn.Module, roles: Mapping[str, str]) -> Iterator[dict[str, tuple[int | None, Tap]]]:
     """Context in which layers of a model are tapped; yields for each which of its calls is meant, and the tap.
 
-    ``roles`` says for each layer why it is tapped: ``"condition"``, ``"start"`` or ``"record"``. Names are read as in
-    `crp.layers.addresses`: ``"name#1"`` is the second call of a layer, ``"name.input"`` what it is called with.
+    ``roles`` says for each layer why it is tapped: ``"condition"``, ``"start"``, ``"layer"`` or ``"record"``. Names
+    are read as in `crp.layers.addresses`: ``"name#1"`` is the second call of a layer, ``"name.input"`` its input.
     """
     known = modules_of(model) if roles else {}
     meant = {layer: Address.of(layer, known) for layer in roles}
@@ -140,11 +134,7 @@ def changed_at(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor])
         calls.append(number in (None, len(calls)))
         if not calls[-1]:
             return None
-        if not isinstance(output, Tensor):
-            raise InputTypeError(
-                f"layer {layer!r} ({type(module).__name__}) returns a {type(output).__name__}, not a tensor; name a "
-                "layer inside it, or after it"
-            )
+        check_returned(output, module, name)
         return change(output)
 
     with hooked_at(modules, {(name, is_input): hook}):

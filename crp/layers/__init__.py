@@ -47,10 +47,7 @@ class Followed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer, and what follows."""
         output = self.layer(*args, **kwargs)
-        if not isinstance(output, Tensor):
-            raise InputTypeError(
-                f"the layer returns a {type(output).__name__}, not a tensor; name a layer inside it, or after it"
-            )
+        check_returned(output, self.layer)
         return self.after(output, *args)
 
     def __getattr__(self, name: str) -> Any:
@@ -58,6 +55,18 @@ class Followed(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
+
+
+def check_returned(output: object, layer: nn.Module, name: str = "") -> None:
+    """Raise a `TypeError` if what a layer returns is no tensor."""
+    if not isinstance(output, Tensor):
+        named = f" {name!r}" if name else ""
+        is_attention = isinstance(layer, nn.MultiheadAttention)
+        heads = f", such as {name + '.out_proj.input'!r} for its heads" if name and is_attention else ""
+        raise InputTypeError(
+            f"layer{named} ({type(layer).__name__}) returns a {type(output).__name__}, not a tensor; name a layer "
+            f"inside it, or after it, that returns one{heads}"
+        )
 
 
 @atomic

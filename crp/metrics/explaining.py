@@ -82,60 +82,45 @@ def quantus_explain(method: str | Composite | type, *, output: Output = None, **
     return explain_func
 
 
-def _as_explain_func(method: Method, output: Output = None) -> ExplainFunc:
-    """Explanation function of any method; functions are taken as they are, and choose the output themselves.
-
-    Raises
-    ------
-    TypeError
-        If it is no method.
-    """
+def _check_method(method: Method) -> None:
+    """Raise a `TypeError` if this is no method."""
     if isinstance(method, str | Composite | type):
-        return quantus_explain(method, output=output)
-    if isinstance(method, Attributor | MeaningfulPerturbation):
+        quantus_explain(method)  # (refuses a class that explains nothing)
+    elif isinstance(method, Attributor | MeaningfulPerturbation):
         kind = type(method).__name__
         raise InputTypeError(f"{method!r} is made for one model; give the class {kind}, or quantus_explain({kind})")
-    if not callable(method):
+    elif not callable(method):
         raise InputTypeError(
             "explain_func must be a function (model, inputs, targets) -> array, a composite, the class of an "
             f"attributor, or a name; not {method!r}"
         )
-    return method
 
 
 def _relevance_by(
-    explain_func: ExplainFunc, model: nn.Module, data: Tensor, target: Tensor, batch_size: int | None = None
+    method: Method, model: nn.Module, data: Tensor, target: Tensor, output: Output, batch_size: int | None = None
 ) -> Tensor:
-    """Relevance of data, in the shape of the data or with one channel.
-
-    Parameters
-    ----------
-    explain_func : callable
-        In the form of Quantus.
-    model : nn.Module
-    data : Tensor of shape (batch, *input shape)
-    target : Tensor of shape (batch,)
-    batch_size : int, optional
-        Inputs per explanation; all by default.
-
-    Returns
-    -------
-    Tensor of shape (batch, *input shape) or (batch, 1, *space)
-    """
-    parts = []
+    """Relevance of data, (batch, *input shape) or (batch, 1, *space), computed for ``batch_size`` inputs at a time."""
     size = int(batch_size or len(data))
-    for some, classes in zip(torch.split(data, size), torch.split(target, size), strict=True):
-        # (functions of the user's may write into what they get)
-        inputs, targets = _as_array(some.clone()), _as_array(classes.clone())
-        parts.append(_check_relevance(explain_func(model=model, inputs=inputs, targets=targets), some))
-    return torch.cat(parts)
+    parts = zip(torch.split(data, size), torch.split(target, size), strict=True)
+    return torch.cat([_relevance_of(method, model, some, classes, output, some) for some, classes in parts])
 
 
-def _relevance_of(method: Method, model: nn.Module, data: Data, target: Target, output: Output, like: Tensor) -> Tensor:
-    """Relevance of texts, or of one of several inputs, in the shape of ``like``: functions get both as they are."""
+def _relevance_of(
+    method: Method, model: nn.Module, data: Data, target: Tensor | Target, output: Output, explained: Tensor
+) -> Tensor:
+    """Relevance in the shape of what is explained: of data that are a tensor, and of texts or one of several inputs.
+
+    A function gets the former as arrays, in the form of Quantus, and the latter as they are; it chooses the output
+    itself.
+    """
+    given: tuple[Any, Any] = data, target
+    is_tensor = data is explained and isinstance(target, Tensor)
+    if is_tensor:  # (what is the user's may write into what it gets)
+        given = explained.clone(), given[1].clone()
     if isinstance(method, str | Composite | type):
-        return _check_relevance(_explain(method, model, data, target, output, {}), like)
-    return _check_relevance(method(model=model, inputs=data, targets=target), like)
+        return _check_relevance(_explain(method, model, *given, output, {}), explained)
+    inputs, targets = map(_as_array, given) if is_tensor else given
+    return _check_relevance(method(model=model, inputs=inputs, targets=targets), explained)
 
 
 def _as_array(tensor: Tensor) -> Array:

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from crp.attributors.backgrounds import Background, make_background
 from crp.attributors.baselines import _are_ids, _baselines
 from crp.attributors.scores import ScoreName
+from crp.attributors.target import Target
 from crp.checks import check_choice, check_number
 from crp.engine.door import check_seed
 from crp.engine.inputs import Data, Inputs, check_data
 from crp.errors import InputError
 from crp.flags import check_flags
-from crp.metrics.explaining import Array, Method, _as_explain_func, _check_relevance, _relevance_by, _relevance_of
+from crp.metrics.explaining import Array, Method, _check_method, _check_relevance, _relevance_by, _relevance_of
 from crp.metrics.scoring import Labels, Output, Places, Scorer, area
-
-Order = Literal["most", "least"]
 
 
 class Flipping(NamedTuple):
@@ -160,13 +159,12 @@ def pixel_flipping(
     (original,) = inputs.explained
     given = None if relevance is None else _check_relevance(relevance, original)
     if explain_func is not None:
-        explain = _as_explain_func(explain_func, output)
+        _check_method(explain_func)
     scorer = Scorer(model, inputs, target, score, batch_size, output)
-    if given is None and explain_func is not None:
-        if inputs.form == "tensor" and not inputs.embedded:
-            given = _relevance_by(explain, model, original, scorer.classes)
-        else:
-            given = _relevance_of(explain_func, model, data, scorer.target, output, original)
+    if explain_func is not None:
+        is_tensor = inputs.form == "tensor" and not inputs.embedded
+        asked: tuple[Data, Tensor | Target] = (original, scorer.classes) if is_tensor else (data, scorer.target)
+        given = _relevance_of(explain_func, model, *asked, output, original)
     if inputs.embedded and _are_ids(replacement):
         (filled,) = _baselines(replacement, inputs, model)
     else:
@@ -225,7 +223,7 @@ def selectivity(
     Selectivity
     """
     check_flags(recompute=recompute)
-    explain = _as_explain_func(explain_func, output)
+    _check_method(explain_func)
     check_number("patch", patch, 1, whole=True)
     check_number("steps", steps, 1, whole=True)
     check_data(data)
@@ -239,7 +237,7 @@ def selectivity(
     curve = [scorer.rate(left.__getitem__, every)]
     for step in range(1, steps + 1):
         if step == 1 or recompute:
-            relevance = _relevance_by(explain, model, left, scorer.classes)
+            relevance = _relevance_by(explain_func, model, left, scorer.classes, output)
             relevance = relevance.sum(1) if data.dim() > 2 else relevance  # of positions
         spot = _best_patch(relevance.masked_fill(removed > 0, -torch.inf), patch)
         removed = torch.where(spot & (removed == 0), step, removed)

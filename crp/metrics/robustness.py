@@ -18,7 +18,7 @@ from crp.engine.door import check_seed
 from crp.engine.inputs import check_data
 from crp.errors import InputError
 from crp.flags import check_flags
-from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
+from crp.metrics.explaining import Method, _check_method, _relevance_by
 from crp.metrics.scoring import Labels, Output, Scorer
 
 
@@ -98,10 +98,10 @@ def continuity(
     """
     check_flags(neighbours=neighbours)
     check_data(path)
-    explain = _as_explain_func(explain_func, output)
+    _check_method(explain_func)
     first = Scorer(model, path if target is not None else path[:1], target, "output", batch_size, output)
     classes = first.classes.expand(len(path))
-    relevance = _relevance_by(explain, model, path, classes, batch_size)
+    relevance = _relevance_by(explain_func, model, path, classes, output, batch_size)
     relevance, points = (values.flatten(1).double() for values in (relevance, path.detach()))
     if neighbours:
         change, way = relevance.diff(dim=0).abs().sum(1), points.diff(dim=0).norm(dim=1)
@@ -149,7 +149,7 @@ def local_lipschitz(
     -------
     Tensor of shape (batch,)
     """
-    explain = _as_explain_func(explain_func, output)
+    _check_method(explain_func)
     scorer = Scorer(model, data, target, "output", batch_size, output)
     if not isinstance(noise, Tensor):
         check_number("noise", noise, 0)
@@ -167,7 +167,8 @@ def local_lipschitz(
     moved = data.detach() + noise.to(data)
     every = torch.cat([data.detach()[None], moved]).flatten(0, 1)
     classes = scorer.classes.repeat(len(moved) + 1)
-    relevance = _relevance_by(explain, model, every, classes, batch_size).view(len(moved) + 1, len(data), -1)
+    relevance = _relevance_by(explain_func, model, every, classes, output, batch_size)
+    relevance = relevance.view(len(moved) + 1, len(data), -1)
     change = (relevance[1:] - relevance[0]).norm(dim=2)
     way = (moved - data.detach()).flatten(2).norm(dim=2)
     if (way == 0).any():

@@ -11,11 +11,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from crp.engine.checking import _shuffle
 from crp.engine.door import check_seed
 from crp.errors import InputError
 from crp.flags import check_flags
 from crp.layers import unwrap
-from crp.metrics.explaining import Method, _as_explain_func, _relevance_by
+from crp.metrics.explaining import Method, _check_method, _relevance_by
 from crp.metrics.scoring import Labels, Output, Scorer
 
 
@@ -63,7 +64,7 @@ def randomization(
         If no layer has parameters.
     """
     check_flags(absolute=absolute)
-    explain = _as_explain_func(explain_func, output)
+    _check_method(explain_func)
     check_seed(seed)
     classes = Scorer(model, data, target, "output", batch_size, output).classes
     changed = copy.deepcopy(unwrap(model)).eval()
@@ -73,16 +74,14 @@ def randomization(
         raise InputError(f"{type(model).__name__} has no parameters that could be randomized")
 
     def ranks() -> Tensor:
-        relevance = _relevance_by(explain, changed, data, classes, batch_size).flatten(1)
+        relevance = _relevance_by(explain_func, changed, data, classes, output, batch_size).flatten(1)
         return _ranks(relevance.abs() if absolute else relevance)
 
     generator = torch.Generator().manual_seed(seed)
     original, similarity = ranks(), {}
     for name in reversed(layers):
         for parameter in layers[name]:
-            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-            with torch.no_grad():
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+            _shuffle(parameter, generator)
         similarity[name] = _correlation(original, ranks())
     return similarity
 

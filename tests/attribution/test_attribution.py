@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, close, net, plain_sums, rows, same, stack
+from attribution_cases import close, every_composite, every_kind, net, parallel, plain_sums, rows, same, stack
 from torch import Tensor, nn
 from zennit.composites import NameMapComposite
 from zennit.core import BasicHook, Composite
@@ -15,9 +13,6 @@ from crp.attribution import CondAttribution
 from crp.composites import Composite as OurComposite
 
 pytestmark = plain_sums
-parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
-every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 
 
 def one_each(layer: str, n: int, target: int = 1) -> list[dict]:
@@ -29,9 +24,16 @@ def one_each(layer: str, n: int, target: int = 1) -> list[dict]:
 
 @every_composite
 @parallel
-@pytest.mark.parametrize(("layer", "n"), [("features.0", 6), ("features.7", 8), ("classifier.1", 10)])
-def test_channels_add_up(vgg_bn, images, composite, exclude_parallel, layer, n):
-    attribution = CondAttribution(vgg_bn)
+@pytest.mark.parametrize(
+    ("net", "layer", "n"),
+    [
+        *(("vgg_bn", layer, n) for layer, n in (("features.0", 6), ("features.7", 8), ("classifier.1", 10))),
+        *(("resnet", layer, n) for layer, n in (("conv1", 6), ("layer1", 6), ("layer2", 8))),
+    ],
+)
+def test_channels_add_up(request, images, composite, exclude_parallel, net, layer, n):
+    """In a residual net, at the end of a block, which all that flows passes."""
+    attribution = CondAttribution(request.getfixturevalue(net))
     whole = attribution(images[:1], [{"y": 1}], composite, [layer])
     parts = attribution(images[:1], one_each(layer, n), composite, exclude_parallel=exclude_parallel)
     assert close(parts.heatmap.sum(0), whole.heatmap[0])
@@ -40,17 +42,6 @@ def test_channels_add_up(vgg_bn, images, composite, exclude_parallel, layer, n):
         images[:1], [{"y": 1, layer: range(n)}], composite, [layer], exclude_parallel=exclude_parallel
     )
     assert same(everything, whole)
-
-
-@every_composite
-@parallel
-@pytest.mark.parametrize(("layer", "n"), [("conv1", 6), ("layer1", 6), ("layer2", 8)])
-def test_channels_of_a_residual_net_add_up(resnet, images, composite, exclude_parallel, layer, n):
-    """At the end of a block, all that flows passes the layer."""
-    attribution = CondAttribution(resnet)
-    whole = attribution(images[:1], [{"y": 1}], composite)
-    parts = attribution(images[:1], one_each(layer, n), composite, exclude_parallel=exclude_parallel)
-    assert close(parts.heatmap.sum(0), whole.heatmap[0])
 
 
 @every_composite
@@ -101,17 +92,6 @@ def test_rows_come_in_the_order_of_the_caller(resnet, images, composite, exclude
         for row, condition in enumerate(MIXED)
     ]
     assert same(found, stack(alone))
-
-
-@every_kind
-@parallel
-def test_permuted_conditions_give_permuted_rows(resnet, images, composite, exclude_parallel):
-    attribution = CondAttribution(resnet)
-    found = attribution(images[:1], MIXED, composite, RECORD, exclude_parallel=exclude_parallel)
-    for order in itertools.islice(itertools.permutations(range(len(MIXED))), 7, 120, 31):
-        shuffled = [MIXED[i] for i in order]
-        again = attribution(images[:1], shuffled, composite, RECORD, exclude_parallel=exclude_parallel)
-        assert same(again, rows(found, list(order)))
 
 
 @every_kind

@@ -9,24 +9,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from attribution_cases import KINDS, close, net, plain_sums, rows, same, stack, zennit_flat
-from torch import Tensor, nn
+from attribution_cases import close, every_kind, net, parallel, plain_sums, rows, same, stack, zennit_flat
+from core_cases import Maps
+from torch import nn
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution, attrResult
 from crp.composites import DeepLift, EpsilonPlus, EpsilonPlusFlat, Gradient
 from crp.concepts import ChannelConcept
 from crp.types import AttributionResults
-
-parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
-
-
-class Tables(CondAttribution):
-    """Heatmap for inputs without space: the relevance itself."""
-
-    def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
-        return data.grad
 
 
 def shared_gradient() -> nn.Module:
@@ -41,7 +32,7 @@ def shared_gradient() -> nn.Module:
 @every_kind
 def test_kinds_of_ids(mlp, vectors, composite):
     """S11: ids may be int, list, tuple, array, tensor, and count from the end."""
-    attribution = Tables(mlp)
+    attribution = Maps(mlp)
     wanted = attribution(vectors[:1], [{"y": [3], "2": [7, 2]}], composite)
     for ids in (
         (7, 2),
@@ -61,7 +52,7 @@ def test_kinds_of_ids(mlp, vectors, composite):
 
 @every_kind
 def test_several_targets_are_summed(mlp, vectors, composite):
-    found = Tables(mlp)(vectors[:1], [{"y": [0, 2]}, {"y": 0}, {"y": 2}, {"y": [True, False, True, False]}], composite)
+    found = Maps(mlp)(vectors[:1], [{"y": [0, 2]}, {"y": 0}, {"y": 2}, {"y": [True, False, True, False]}], composite)
     assert close(found.heatmap[0], found.heatmap[1] + found.heatmap[2])
     assert close(found.heatmap[3], found.heatmap[0])
 
@@ -69,7 +60,7 @@ def test_several_targets_are_summed(mlp, vectors, composite):
 @every_kind
 @parallel
 def test_no_ids_let_nothing_through(mlp, vectors, composite, exclude_parallel):
-    found = Tables(mlp)(vectors[:1], [{"y": 0, "2": []}], composite, ["0"], exclude_parallel=exclude_parallel)
+    found = Maps(mlp)(vectors[:1], [{"y": 0, "2": []}], composite, ["0"], exclude_parallel=exclude_parallel)
     assert not found.heatmap.any()
     assert not found.relevances["0"].any()
     assert found.relevances["2"].any()
@@ -79,7 +70,7 @@ def test_no_ids_let_nothing_through(mlp, vectors, composite, exclude_parallel):
 @every_kind
 def test_a_mask_leaves_the_parallel_branch_alone(vectors, composite):
     """S10: branches share one gradient tensor; masking it for one must not change it for the other."""
-    attribution = Tables(shared_gradient())
+    attribution = Maps(shared_gradient())
     free = attribution(vectors[:1], [{"y": 1}], composite, ["a", "b"])
     for masked, other in (("a", "b"), ("b", "a")):
         found = attribution(vectors[:1], [{"y": 1, masked: [2]}], composite, ["a", "b"], exclude_parallel=False)
@@ -107,7 +98,7 @@ def test_mask_where_the_gradient_is_expanded(images, exclude_parallel):
 def test_layer_that_returns_its_input(vectors, composite, exclude_parallel):
     """Dropout hands on its input, which the shortcut reads too; they are told apart."""
     model = net(lambda s, x: s.out(s.drop(h := s.a(x)) + h), a=nn.Linear(6, 5), drop=nn.Dropout(), out=nn.Linear(5, 3))
-    attribution = Tables(model)
+    attribution = Maps(model)
     found = attribution(vectors[:1], [{"y": 1}], composite, ["a", "drop"])
     at_drop = attribution(vectors[:1], [{"y": 1, "drop": range(5)}], composite, ["a"])
     assert close(at_drop.relevances["a"] * 2, found.relevances["a"])
@@ -120,7 +111,7 @@ def test_layer_that_returns_its_input(vectors, composite, exclude_parallel):
 @parallel
 def test_two_names_of_one_call(mlp, vectors, composite, exclude_parallel):
     """``"2"`` and ``"2#0"`` are one; in one condition both masks act."""
-    attribution = Tables(mlp)
+    attribution = Maps(mlp)
     conditions = [{"y": 1, "2": [3, 4]}, {"y": 1, "2#0": [4, 5]}, {"y": 1, "2": [3, 4], "2#0": [4, 5]}]
     found = attribution(vectors[:1], conditions, composite, exclude_parallel=exclude_parallel)
     plain = [{"y": 1, "2": [3, 4]}, {"y": 1, "2": [4, 5]}, {"y": 1, "2": [4]}]
@@ -130,8 +121,8 @@ def test_two_names_of_one_call(mlp, vectors, composite, exclude_parallel):
 @pytest.mark.parametrize("composite", [None, ZennitEpsilonPlus(), EpsilonPlus()], ids=["gradient", "zennit", "ours"])
 def test_first_layer_that_returns_the_data(mlp, vectors, composite):
     model = nn.Sequential(nn.Identity(), *mlp).double().eval()
-    whole = Tables(mlp)(vectors[:1], [{"y": 1}], composite)
-    found = Tables(model)(vectors[:1], [{"y": 1, "0": [2]}], composite)
+    whole = Maps(mlp)(vectors[:1], [{"y": 1}], composite)
+    found = Maps(model)(vectors[:1], [{"y": 1, "0": [2]}], composite)
     assert close(found.heatmap[0, 2], whole.heatmap[0, 2])
     assert not found.heatmap[0, [0, 1, 3, 4, 5]].any()
     assert close(found.relevances["0"], whole.heatmap)
@@ -142,7 +133,7 @@ def test_first_layer_that_returns_the_data(mlp, vectors, composite):
 
 def test_record_layer_may_be_any_sequence(mlp, vectors):
     """C13: a tuple; a layer named twice; neither warns."""
-    attribution = Tables(mlp)
+    attribution = Maps(mlp)
     wanted = attribution(vectors, [{"y": 1}], None, ["0", "2"])
     assert set(wanted.relevances) == {"0", "2"}
     for record in (("0", "2"), ["0", "2", "0"], {"0": 1, "2": 2}):
@@ -152,7 +143,7 @@ def test_record_layer_may_be_any_sequence(mlp, vectors):
 def test_result_unpacks_and_is_detached(mlp, vectors):
     """L7: nothing in a result keeps the graph."""
     data = vectors.clone().requires_grad_()
-    result = Tables(mlp)(data, [{"y": 1, "2": [3]}], EpsilonPlus(), ["0"])
+    result = Maps(mlp)(data, [{"y": 1, "2": [3]}], EpsilonPlus(), ["0"])
     heatmap, activations, relevances, prediction = result
     assert isinstance(result, AttributionResults)
     assert attrResult is AttributionResults
@@ -172,9 +163,9 @@ def test_results_say_what_flowed_and_what_arrived(mlp, vectors, exclude_parallel
     def ask(composite: object) -> AttributionResults:
         keywords = {"record_layer": ["0", "1"], "start_layer": start, "exclude_parallel": exclude_parallel}
         if generate:
-            (found,) = Tables(mlp).generate(vectors[:3], conditions, composite, verbose=False, **keywords)
+            (found,) = Maps(mlp).generate(vectors[:3], conditions, composite, verbose=False, **keywords)
             return found
-        return Tables(mlp)(vectors[:3], conditions, composite, **keywords)
+        return Maps(mlp)(vectors[:3], conditions, composite, **keywords)
 
     found = ask(EpsilonPlus())
     assert found.encoding == "multiplier" and set(found.multipliers) == {"0", "1", "2"}
@@ -193,7 +184,7 @@ def test_results_say_what_flowed_and_what_arrived(mlp, vectors, exclude_parallel
 
 
 def test_results_are_named_tuples_of_four(mlp, vectors):
-    result = Tables(mlp)(vectors, [{"y": 1}], EpsilonPlus(), ["0"])
+    result = Maps(mlp)(vectors, [{"y": 1}], EpsilonPlus(), ["0"])
     assert isinstance(result, tuple) and len(result) == 4
     assert result._fields == ("heatmap", "activations", "relevances", "prediction")
     assert list(result._asdict()) == list(result._fields)
@@ -223,7 +214,7 @@ def test_results_do_not_keep_the_graph_of_initial_relevance(mlp, vectors):
     """L7, where the caller's own tensor requires a gradient."""
     for start in (None, "2"):
         width = 4 if start is None else 8
-        found = Tables(mlp)(
+        found = Maps(mlp)(
             vectors, [{}], None, ["0"], start_layer=start, init_rel=torch.ones(4, width, requires_grad=True)
         )
         assert not any(t.requires_grad for t in [found.heatmap, found.prediction, *found.relevances.values()])
@@ -247,23 +238,23 @@ def test_on_device_moves_everything(vgg_bn, images, generate):
 def test_data_need_not_require_a_gradient(mlp, vectors):
     """Neither does the call change them, nor leave a gradient on data that did not ask for one."""
     before = vectors.clone()
-    plain = Tables(mlp)(vectors, [{"y": 0}, {"y": 1}], EpsilonPlus())
+    plain = Maps(mlp)(vectors, [{"y": 0}, {"y": 1}], EpsilonPlus())
     assert vectors.grad is None
     assert not vectors.requires_grad
     assert torch.equal(vectors, before)
     asked = vectors.clone().requires_grad_()
-    assert same(Tables(mlp)(asked, [{"y": 0}, {"y": 1}], EpsilonPlus()), plain)
+    assert same(Maps(mlp)(asked, [{"y": 0}, {"y": 1}], EpsilonPlus()), plain)
     assert close(asked.grad, plain.heatmap.reshape(4, 2, 6).sum(1))
     inner = asked * 1
-    assert same(Tables(mlp)(inner, [{"y": 0}, {"y": 1}], EpsilonPlus()), plain)
+    assert same(Maps(mlp)(inner, [{"y": 0}, {"y": 1}], EpsilonPlus()), plain)
 
 
 def test_data_grad_is_replaced_or_added_to(mlp, vectors):
     """S9: adding touches ``data.grad`` only, never a heatmap."""
     conditions = [{"y": 0}, {"y": 1, "2": [2]}]
-    wanted = Tables(mlp)(vectors, conditions)
+    wanted = Maps(mlp)(vectors, conditions)
     data = vectors.clone().requires_grad_()
-    replacing, adding = Tables(mlp), Tables(mlp, overwrite_data_grad=False)
+    replacing, adding = Maps(mlp), Maps(mlp, overwrite_data_grad=False)
     assert same(adding(data, conditions), wanted)
     once = data.grad.clone()
     assert close(once, wanted.heatmap.reshape(4, 2, 6).sum(1))
@@ -277,9 +268,9 @@ def test_data_grad_is_replaced_or_added_to(mlp, vectors):
 @every_kind
 def test_model_that_changes_its_input_in_place(vectors, composite):
     model = net(lambda s, x: s.a(x.sub_(1).mul_(2)), a=nn.Linear(6, 3))
-    wanted = Tables(net(lambda s, x: s.a((x - 1) * 2), a=model.a))(vectors, [{"y": 0}], composite)
+    wanted = Maps(net(lambda s, x: s.a((x - 1) * 2), a=model.a))(vectors, [{"y": 0}], composite)
     before = vectors.clone()
-    assert same(Tables(model)(vectors, [{"y": 0}], composite), wanted)
+    assert same(Maps(model)(vectors, [{"y": 0}], composite), wanted)
     assert torch.equal(vectors, before)
 
 
@@ -289,7 +280,7 @@ def test_model_that_changes_its_input_in_place(vectors, composite):
 @every_kind
 def test_number_as_initial_relevance(mlp, vectors, composite):
     """S4: whole or not, of Python or numpy."""
-    attribution, conditions = Tables(mlp), [{"y": 1, "2": [3, 4]}, {}]
+    attribution, conditions = Maps(mlp), [{"y": 1, "2": [3, 4]}, {}]
     wanted = attribution(vectors, conditions, composite, init_rel=torch.full((8, 4), 2.0))
     for number in (2, 2.0, np.float32(2), np.int64(2), torch.tensor(2.0), lambda prediction: 2):
         assert same(attribution(vectors, conditions, composite, init_rel=number), wanted)
@@ -300,7 +291,7 @@ def test_number_as_initial_relevance(mlp, vectors, composite):
 @parallel
 def test_initial_relevance_with_targets_for_some_rows(mlp, vectors, composite, exclude_parallel):
     """S5: each row has its own target; a row without one starts at the whole output."""
-    attribution = Tables(mlp)
+    attribution = Maps(mlp)
     conditions = [{}, {"y": [3]}, {"2": [1, 2, 3]}, {"y": 0, "2": [4, 5]}]
     found = attribution(vectors[:1], conditions, composite, init_rel=1, exclude_parallel=exclude_parallel)
     start = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.float64)
@@ -312,7 +303,7 @@ def test_initial_relevance_with_targets_for_some_rows(mlp, vectors, composite, e
 @every_kind
 def test_initial_relevance_broadcasts(mlp, vectors, composite):
     """C18: [rows, C], [1, C] and [C], in `generate` with any batch size."""
-    attribution = Tables(mlp)
+    attribution = Maps(mlp)
     weights = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
     for n in (1, 3, 4, 5):  # 4: as many conditions as outputs
         conditions = [{"2": [i, i + 1]} for i in range(n)]
@@ -329,7 +320,7 @@ def test_initial_relevance_broadcasts(mlp, vectors, composite):
 @every_kind
 def test_initial_relevance_of_each_row_in_parts(mlp, vectors, composite):
     """A tensor with all rows is cut; one with the rows of a part serves every part."""
-    attribution, conditions = Tables(mlp), [{"2": [i, i + 1]} for i in range(5)]
+    attribution, conditions = Maps(mlp), [{"2": [i, i + 1]} for i in range(5)]
     start = torch.randn(5, 4, dtype=torch.float64)
     wanted = attribution(vectors[:1], conditions, composite, init_rel=start)
     parts = attribution.generate(vectors[:1], conditions, composite, init_rel=start, batch_size=2, verbose=False)
@@ -342,7 +333,7 @@ def test_initial_relevance_of_each_row_in_parts(mlp, vectors, composite):
 @every_kind
 def test_function_as_initial_relevance_needs_no_target(mlp, vectors, composite):
     """C2: in `generate` as well."""
-    attribution, conditions = Tables(mlp), [{"2": [i]} for i in range(3)]
+    attribution, conditions = Maps(mlp), [{"2": [i]} for i in range(3)]
     wanted = attribution(vectors[:1], conditions, composite, init_rel=mlp(vectors[:1]).detach().softmax(-1))
     function = lambda prediction: prediction.softmax(-1)  # noqa: E731
     assert same(attribution(vectors[:1], conditions, composite, init_rel=function), wanted)
@@ -354,7 +345,7 @@ def test_function_as_initial_relevance_needs_no_target(mlp, vectors, composite):
 @parallel
 def test_start_layer_in_parts(mlp, vectors, composite, exclude_parallel):
     """S6: targets play no part from a start layer, in `generate` as in `__call__`."""
-    attribution, conditions = Tables(mlp), [{"y": [1], "2": [i]} for i in range(5)]
+    attribution, conditions = Maps(mlp), [{"y": [1], "2": [i]} for i in range(5)]
     free = attribution(vectors[:1], [{"2": [i]} for i in range(5)], composite, ["0"], start_layer="2")
     keywords = {"record_layer": ["0"], "start_layer": "2", "exclude_parallel": exclude_parallel}
     with pytest.warns(UserWarning, match="'y' has no effect.*start_layer '2'") as caught:
@@ -369,14 +360,14 @@ def test_start_layer_in_parts(mlp, vectors, composite, exclude_parallel):
 
 @every_kind
 def test_layers_above_the_start_have_no_relevance(mlp, vectors, composite):
-    found = Tables(mlp)(vectors, [{}], composite, ["4", "0"], start_layer="2")
+    found = Maps(mlp)(vectors, [{}], composite, ["4", "0"], start_layer="2")
     assert not found.relevances["4"].any()
     assert found.activations["4"].any()
     assert found.relevances["0"].any()
 
 
 def test_batch_sizes_and_progress(mlp, vectors, capsys):
-    attribution, conditions = Tables(mlp), [{"y": i} for i in range(4)]
+    attribution, conditions = Maps(mlp), [{"y": i} for i in range(4)]
     parts = list(attribution.generate(vectors[:1], conditions, batch_size=3))
     assert [len(part.heatmap) for part in parts] == [3, 1]
     assert "2/2" in capsys.readouterr().err
@@ -391,7 +382,7 @@ def test_number_of_forward_passes(vectors, composite, passes):
     conditions = [{"y": 0, "a": [i]} for i in range(5)]
     sizes = []
     model.a.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    list(Tables(model).generate(vectors[:1], conditions, composite, batch_size=2, verbose=False))
+    list(Maps(model).generate(vectors[:1], conditions, composite, batch_size=2, verbose=False))
     assert model.calls == passes
     assert set(sizes) == {1}, "each sample is needed once"
 

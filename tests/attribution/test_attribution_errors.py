@@ -10,14 +10,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from attribution_cases import SMALL, Net, ask, small_net
+from attribution_cases import SMALL, Net, ask, parallel, small_net
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.layers import LayerNotFoundError
-
-parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
 
 X = SMALL
 GOOD = [{"y": 1, "conv2": [0]}]

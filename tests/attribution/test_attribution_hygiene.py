@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, plain_sums, same, stack, zennit_flat
+from attribution_cases import every_composite, every_kind, plain_sums, same, stack, zennit_flat
+from core_cases import Maps
 from torch import Tensor, nn
 from zennit.canonizers import SequentialMergeBatchNorm
 from zennit.composites import EpsilonPlusFlat as ZennitEpsilonPlusFlat
@@ -49,9 +50,6 @@ class RuleBoom(Rule):
 
 
 class Rule0(Rule):
-    def check(self, module):
-        """Accept every module."""
-
     def surrogate(self, layer, a):
         return layer.itself(a)
 
@@ -84,8 +82,6 @@ GRAPH: list = []
 ENTRIES: dict[str, Callable[..., None]] = {"call": call, "generate": generate, "graph": attribution_graph}
 
 every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=list(ENTRIES))
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
-every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
 
 
 @pytest.fixture
@@ -163,11 +159,11 @@ def test_mask_that_fails(model, images, untouched, entry, composite):
     ids=["zennit", "ours", "ours_with_zennits_canonizer"],
 )
 def test_rule_that_fails(model, images, untouched, entry, composite):
+    wanted = reference(model, images, zennit_flat())
     with untouched(model):
         for _ in range(2):
             with pytest.raises(Boom):
                 entry(model, images, composite, ChannelConcept())
-    wanted = reference(model, images, zennit_flat())
     assert same(reference(model, images, zennit_flat()), wanted, 0)
 
 
@@ -351,11 +347,7 @@ def test_no_tensor_outlives_an_error(watched, images, composite):
 
 
 def test_the_attribution_does_not_keep_the_data(mlp, vectors):
-    class Tables(CondAttribution):
-        def heatmap_modifier(self, data, on_device=None):
-            return data.grad
-
-    attribution, data = Tables(mlp), vectors.clone().requires_grad_()
+    attribution, data = Maps(mlp), vectors.clone().requires_grad_()
     attribution(data, [{"y": 1, "2": [0]}], EpsilonPlusFlat(), ["0"])
     known = weakref.ref(data)
     del data

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from attribution_cases import KINDS, SMALL, close, same, stack
+from attribution_cases import SMALL, close, every_kind, parallel, same, stack
+from attributor_cases import Call
+from core_cases import Maps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,9 +19,6 @@ from crp.attributors import GradCAM, Gradient, IntegratedGradients, Occlusion, S
 from crp.composites import DeepLift, EpsilonPlus, GradientTimesInput, UniformEpsilon
 from crp.concepts import ChannelConcept
 from crp.engine.inputs import Inputs
-
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
-parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
 
 IMAGE = SMALL
 TABLE = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -59,23 +58,6 @@ class Joined(nn.Module):
         image, table = joined.split([108, 5], 1)
         rows = len(joined) // len(self.ids)
         return self.net(image.reshape(-1, 3, 6, 6), table, self.ids.repeat_interleave(rows))
-
-
-class Call(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-        self.eval()
-
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        return self.function(*inputs, **named)
-
-
-class Maps(CondAttribution):
-    """Heatmaps in the shape of the inputs."""
-
-    def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
-        return data.grad
 
 
 CONDITIONS: list[dict[str, Any]] = [

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, SMALL, ask, close, net, rows, same, stack
+from attribution_cases import SMALL, ask, close, every_composite, every_kind, net, rows, same, stack
+from core_cases import Maps
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
@@ -26,14 +27,7 @@ from crp.concepts import ChannelConcept
 from crp.engine.encoding import Encoding
 from crp.layers import LayerNotFoundError
 
-every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 CONDITIONS = [{"y": 1, "features.3": [0, 2]}, {"y": 3}]
-
-
-class Tables(CondAttribution):
-    def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
-        return data.grad
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------
@@ -48,8 +42,8 @@ Output = namedtuple("Output", "loss, logits")
     ids=["dict", "object", "namedtuple"],
 )
 def test_logits_are_explained(mlp, vectors, composite, wrap):
-    found = Tables(net(lambda s, x: wrap(s.inner(x)), inner=mlp))(vectors, [{"y": 1, "inner.2": [3]}], composite)
-    wanted = Tables(mlp)(vectors, [{"y": 1, "2": [3]}], composite)
+    found = Maps(net(lambda s, x: wrap(s.inner(x)), inner=mlp))(vectors, [{"y": 1, "inner.2": [3]}], composite)
+    wanted = Maps(mlp)(vectors, [{"y": 1, "2": [3]}], composite)
     assert close(found.heatmap, wanted.heatmap)
     assert close(found.prediction, wanted.prediction)
 
@@ -133,7 +127,7 @@ def test_layer_that_is_called_twice(vectors, composite, exclude_parallel):
     """``"shared#0"`` is its first call, ``"shared#1"`` its second; without a number the last is recorded."""
     model = Twice().eval()
     unrolled = Unrolled(model).double().eval()
-    attribution, wanted_of = Tables(model.double()), Tables(unrolled)
+    attribution, wanted_of = Maps(model.double()), Maps(unrolled)
     keywords = {"exclude_parallel": exclude_parallel}
     found = attribution(vectors, [{"y": 1, "shared#1": [2, 3], "shared#0": [0, 1, 5]}], composite, ["head"], **keywords)
     wanted = wanted_of(vectors, [{"y": 1, "second": [2, 3], "first": [0, 1, 5]}], composite, ["head"], **keywords)
@@ -157,7 +151,7 @@ def test_layer_that_is_called_twice(vectors, composite, exclude_parallel):
 def test_zennits_rules_warn_of_a_layer_that_is_called_twice(vectors, untouched, generate):
     """They know the input of its last call only."""
     model, conditions = Twice().double().eval(), [{"y": 1, "head": [1]}]
-    attribution = Tables(model)
+    attribution = Maps(model)
     message = r"layers \['shared'\] are called more than once, which zennit's rules do not support: relevance is wrong"
     with untouched(model), pytest.warns(UserWarning, match=message) as caught:
         if generate:
@@ -269,7 +263,7 @@ def test_zennits_canonizer_for_residual_blocks_shares_relevance():
 
 
 def test_layer_that_is_not_called(vectors):
-    attribution = Tables(Twice().double().eval())
+    attribution = Maps(Twice().double().eval())
     with pytest.warns(UserWarning, match="'unused' is not called in the forward pass") as caught:
         assert not attribution(vectors, [{"y": 1}], None, ["unused"]).relevances
     assert caught[0].filename == __file__
@@ -315,10 +309,10 @@ def test_wrappers_are_taken_off(vgg_bn, images):
 def test_model_compiled_in_place(mlp, vectors, composite):
     """Hooks, canonizers and rules act on the modules as they are written."""
     model = nn.Sequential(mlp[0], nn.BatchNorm1d(8), *mlp[1:]).double().eval()
-    wanted = Tables(model)(vectors, [{"y": 1, "3": [1, 2]}], composite, ["0"])
+    wanted = Maps(model)(vectors, [{"y": 1, "3": [1, 2]}], composite, ["0"])
     model.compile(backend="eager")
     compiled = model._compiled_call_impl
-    assert same(Tables(model)(vectors, [{"y": 1, "3": [1, 2]}], composite, ["0"]), wanted)
+    assert same(Maps(model)(vectors, [{"y": 1, "3": [1, 2]}], composite, ["0"]), wanted)
     assert model._compiled_call_impl is compiled
 
 
@@ -395,9 +389,9 @@ def test_channels_last(vgg_bn, images, composite):
 @pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
 def test_automatic_precision(mlp, vectors, composite, exclude_parallel):
     data, model, conditions = vectors.float(), mlp.float(), [{"y": 1, "2": [0, 3, 4]}, {"y": 2}]
-    wanted = Tables(model)(data, conditions, composite, ["0"], exclude_parallel=exclude_parallel)
+    wanted = Maps(model)(data, conditions, composite, ["0"], exclude_parallel=exclude_parallel)
     with torch.autocast("cpu", torch.bfloat16):
-        found = Tables(model)(data, conditions, composite, ["0"], exclude_parallel=exclude_parallel)
+        found = Maps(model)(data, conditions, composite, ["0"], exclude_parallel=exclude_parallel)
     assert found.heatmap.dtype == torch.float32
     assert found.relevances["0"].dtype == torch.bfloat16
     assert (found.heatmap - wanted.heatmap).norm() <= 0.05 * wanted.heatmap.norm()
@@ -470,12 +464,12 @@ def run_in_threads(*functions) -> None:
 
 @every_kind
 def test_two_threads_on_one_model(mlp, vectors, untouched, composite):
-    attribution = Tables(mlp)
+    attribution = Maps(mlp)
     asked = [[{"y": i, "2": [i, i + 1]} for i in range(3)], [{"y": 3 - i} for i in range(3)]]
     wanted = [attribution(vectors, conditions, composite, ["0"]) for conditions in asked]
 
     def work(number: int) -> None:
-        other = Tables(mlp)
+        other = Maps(mlp)
         for turn in range(25):
             assert same(other(vectors, asked[number], composite, ["0"]), wanted[number])
             if turn % 5 == 0:
@@ -489,15 +483,15 @@ def test_two_threads_on_one_model(mlp, vectors, untouched, composite):
 @every_kind
 def test_two_threads_with_one_composite(mlp, vectors, composite):
     models = [net(lambda s, x: s.inner(x), inner=mlp), net(lambda s, x: s.inner(-2 * x), inner=mlp)]
-    wanted = [Tables(model)(vectors, [{"y": 1}], composite) for model in models]
+    wanted = [Maps(model)(vectors, [{"y": 1}], composite) for model in models]
 
     def work(number: int) -> None:
         for _ in range(40):
-            assert same(Tables(models[number])(vectors, [{"y": 1}], composite), wanted[number])
+            assert same(Maps(models[number])(vectors, [{"y": 1}], composite), wanted[number])
 
     run_in_threads(lambda: work(0), lambda: work(1))
 
 
 def test_layers_that_canonizers_do_not_know_are_refused(mlp, vectors):
     with pytest.raises(LayerNotFoundError, match=r"'_orig_mod\.2' not found in model; nearest names"):
-        Tables(torch.compile(mlp, backend="eager"))(vectors, [{"y": 1, "_orig_mod.2": [1]}])
+        Maps(torch.compile(mlp, backend="eager"))(vectors, [{"y": 1, "_orig_mod.2": [1]}])

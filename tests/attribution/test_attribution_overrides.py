@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attribution_cases import KINDS, close, net, plain_sums, same, stack
+from attribution_cases import close, every_kind, net, parallel, plain_sums, same, stack
+from core_cases import Maps
 from torch import Tensor, nn
 
 from crp.attribution import AttributionGraph, CondAttribution
@@ -13,14 +14,6 @@ from crp.concepts import ChannelConcept
 from crp.trace.graph import trace_model_graph
 
 CONDITIONS = [{"y": [1], "2": [0, 3]}, {"y": [2], "2": [5]}, {"y": [0]}, {"2": [1], "y": 3}]
-
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
-parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
-
-
-class Tables(CondAttribution):
-    def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
-        return data.grad
 
 
 def both(attribution, data, conditions, composite, record=("0",), **keywords):
@@ -47,7 +40,7 @@ class Absolute(CondAttribution):
 @parallel
 def test_heatmap_modifier(mlp, vectors, composite, exclude_parallel):
     attribution = Absolute(mlp)
-    wanted = Tables(mlp)(vectors[:2], CONDITIONS, composite, ["0"], exclude_parallel=exclude_parallel)
+    wanted = Maps(mlp)(vectors[:2], CONDITIONS, composite, ["0"], exclude_parallel=exclude_parallel)
     found = both(attribution, vectors[:2], CONDITIONS, composite, exclude_parallel=exclude_parallel)
     assert close(found.heatmap, wanted.heatmap.abs().sum(-1))
     attribution(vectors[:2], CONDITIONS, composite)
@@ -59,10 +52,10 @@ def test_methods_replaced_on_an_object(mlp, vectors):
     attribution.heatmap_modifier = lambda data, on_device=None: data.grad
     attribution.select_output = lambda output: 2 * output
     found = attribution(vectors[:2], CONDITIONS, init_rel=1)
-    assert close(found.heatmap, 2 * Tables(mlp)(vectors[:2], CONDITIONS, init_rel=1).heatmap)
+    assert close(found.heatmap, 2 * Maps(mlp)(vectors[:2], CONDITIONS, init_rel=1).heatmap)
 
 
-class Margin(Tables):
+class Margin(Maps):
     """Starts with the target's output minus the mean of all."""
 
     def relevance_init(self, prediction: Tensor, target_list: object, init_rel: object) -> Tensor:
@@ -84,14 +77,14 @@ def test_relevance_init(mlp, vectors, composite, exclude_parallel):
     start = torch.full((8, 4), -0.25, dtype=torch.float64)
     start[range(8), [1, 2, 0, 3] * 2] += 1
     free = [{name: ids for name, ids in condition.items() if name != "y"} for condition in CONDITIONS]
-    wanted = Tables(mlp)(vectors[:2], free, composite, ["0"], init_rel=start, **keywords)
+    wanted = Maps(mlp)(vectors[:2], free, composite, ["0"], init_rel=start, **keywords)
     assert same(found, wanted)
     doubled = attribution(vectors[:2], CONDITIONS, composite, init_rel=2, **keywords)
     assert close(doubled.heatmap, 2 * found.heatmap)
 
 
 def test_relevance_init_gets_no_targets_from_a_start_layer(mlp, vectors):
-    class Starts(Tables):
+    class Starts(Maps):
         def relevance_init(self, prediction: Tensor, target_list: object, init_rel: object) -> Tensor:
             assert target_list is None
             assert prediction.shape == (3, 8)
@@ -99,12 +92,12 @@ def test_relevance_init_gets_no_targets_from_a_start_layer(mlp, vectors):
 
     conditions = [{"2": [i]} for i in range(3)]
     found = Starts(mlp)(vectors[:1], conditions, EpsilonPlus(), start_layer="2")
-    assert same(found, Tables(mlp)(vectors[:1], conditions, EpsilonPlus(), start_layer="2"))
+    assert same(found, Maps(mlp)(vectors[:1], conditions, EpsilonPlus(), start_layer="2"))
 
 
 @pytest.mark.parametrize("wrong", [1.0, None, torch.ones(2, 4), torch.ones(8, 3), torch.ones(4)])
 def test_wrong_relevance_init_is_an_error(mlp, vectors, wrong):
-    class Wrong(Tables):
+    class Wrong(Maps):
         def relevance_init(self, prediction: Tensor, target_list: object, init_rel: object) -> Tensor:
             return wrong
 
@@ -113,7 +106,7 @@ def test_wrong_relevance_init_is_an_error(mlp, vectors, wrong):
             Wrong(mlp)(vectors[:2], CONDITIONS, composite)
 
 
-class Positive(Tables):
+class Positive(Maps):
     """Sends only positive relevance back."""
 
     def backward(self, pred, grad_mask, partial_backward, layer_names, layer_out, generate=False):
@@ -137,10 +130,10 @@ def test_backward(mlp, vectors, composite, exclude_parallel):
         scale = prediction if getattr(composite, "encoding", None) == "multiplier" else 1
         return 3 * scale * (weights / scale).clamp(min=0)
 
-    assert same(found, Tables(mlp)(vectors[:2], CONDITIONS, composite, ["0"], init_rel=start, **keywords))
+    assert same(found, Maps(mlp)(vectors[:2], CONDITIONS, composite, ["0"], init_rel=start, **keywords))
 
 
-class Unchanged(Tables):
+class Unchanged(Maps):
     def backward(self, pred, grad_mask, partial_backward, layer_names, layer_out, generate=False):
         super().backward(pred, grad_mask, partial_backward, layer_names, layer_out, generate)
 
@@ -151,13 +144,13 @@ class Unchanged(Tables):
 def test_inherited_backward_goes_from_layer_to_layer(resnet, images, composite, exclude_parallel):
     conditions = [{"y": 1, "layer2.conv2": [1, 2, 5], "layer1.conv1": [0, 3]}, {"y": 0, "layer1.conv2": [2]}]
     found = both(Unchanged(resnet), images[:2], conditions, composite, ["conv1"], exclude_parallel=exclude_parallel)
-    assert same(found, Tables(resnet)(images[:2], conditions, composite, ["conv1"], exclude_parallel=exclude_parallel))
+    assert same(found, Maps(resnet)(images[:2], conditions, composite, ["conv1"], exclude_parallel=exclude_parallel))
     if exclude_parallel:
         with pytest.raises(RuntimeError, match=r"must be ordered.*from 'layer1' does not reach 'layer2'"):
             Unchanged(resnet)(images, [{"y": 1, "layer1": [0], "layer2": [1]}], composite)
 
 
-class WholeModel(Tables):
+class WholeModel(Maps):
     """A backward of its own, in one pass whatever the conditions are."""
 
     def backward(self, pred, grad_mask, partial_backward, layer_names, layer_out, generate=False):
@@ -171,10 +164,10 @@ def test_backward_written_anew(resnet, images, composite, exclude_parallel):
     """Masks act in any backward pass, and relevance is recorded before them."""
     conditions = [{"y": 1, "layer2.conv2": [1, 2], "layer1": [0, 3]}, {"y": 0, "layer1": [2]}]
     found = both(WholeModel(resnet), images[:2], conditions, composite, ["conv1"], exclude_parallel=exclude_parallel)
-    assert same(found, Tables(resnet)(images[:2], conditions, composite, ["conv1"], exclude_parallel=False))
+    assert same(found, Maps(resnet)(images[:2], conditions, composite, ["conv1"], exclude_parallel=False))
 
 
-class Pairs(Tables):
+class Pairs(Maps):
     """Conditions first, samples second."""
 
     def broadcast(self, data, conditions):
@@ -188,14 +181,14 @@ def test_broadcast(mlp, vectors, composite, exclude_parallel):
     data = vectors[:2].clone().requires_grad_()
     found = both(Pairs(mlp), data, CONDITIONS[:2], composite, exclude_parallel=exclude_parallel)
     pairs = vectors[[0, 1, 0, 1]], [CONDITIONS[i] for i in (0, 0, 1, 1)]
-    assert same(found, Tables(mlp)(*pairs, composite, ["0"], exclude_parallel=exclude_parallel))
+    assert same(found, Maps(mlp)(*pairs, composite, ["0"], exclude_parallel=exclude_parallel))
     plain, paired = CondAttribution(mlp).broadcast(vectors[:2], CONDITIONS)
     assert torch.equal(plain, vectors[[0] * 4 + [1] * 4])
     assert paired == CONDITIONS * 2
 
 
 def test_broadcast_that_does_not_pair_is_an_error(mlp, vectors):
-    class Unpaired(Tables):
+    class Unpaired(Maps):
         def broadcast(self, data, conditions):
             return data, conditions
 
@@ -205,26 +198,22 @@ def test_broadcast_that_does_not_pair_is_an_error(mlp, vectors):
 
 @every_kind
 def test_select_output(mlp, vectors, composite):
-    class Second(Tables):
+    class Second(Maps):
         def select_output(self, output):
             return output[1]
 
     model = net(lambda s, x: (None, s.inner(x)), inner=mlp)
     conditions = [{name if name == "y" else f"inner.{name}": ids for name, ids in c.items()} for c in CONDITIONS]
     found = Second(model)(vectors[:2], conditions, composite)
-    assert close(found.heatmap, Tables(mlp)(vectors[:2], CONDITIONS, composite).heatmap)
+    assert close(found.heatmap, Maps(mlp)(vectors[:2], CONDITIONS, composite).heatmap)
     parts = Second(model).generate(vectors[:2], conditions, composite, batch_size=3, verbose=False)
     assert same(stack(parts), found)
-    with pytest.raises(
-        TypeError, match=r"returns a tuple.*choose the tensor to explain by output=, of CondAttribution or crp.explain"
-    ):
-        Tables(model)(vectors, conditions, composite)
 
 
 def test_name_of_the_output(vectors, untouched):
     """L5: a module may be called "y", once the output is called otherwise."""
     model = net(lambda s, x: s.head(s.y(x).relu()), y=nn.Linear(6, 5), head=nn.Linear(5, 3))
-    attribution = Tables(model)
+    attribution = Maps(model)
     assert attribution.MODEL_OUTPUT_NAME == "y"
     with untouched(model), pytest.raises(ValueError, match=r"layer called 'y'.*MODEL_OUTPUT_NAME"):
         attribution(vectors, [{"y": 1}])

@@ -6,14 +6,12 @@ import re
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, KINDS, SMALL, Net, ask, net, plain_sums, small_net
+from attribution_cases import COMPOSITES, SMALL, Net, ask, every_kind, net, plain_sums, small_net
 from torch import Tensor, nn
 
 import crp
 from crp.attribution import CondAttribution
 from crp.concepts import AxisConcept, ChannelConcept
-
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 
 X = SMALL
 

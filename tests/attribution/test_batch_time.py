@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attribution_cases import KINDS, close, net, rows, same, stack
+from attribution_cases import close, every_kind, net, parallel, rows, same, stack
 from torch import Tensor, nn
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
@@ -20,9 +20,6 @@ from crp.trace.graph import trace_model_graph
 from crp.types import AttributionResults
 from crp.visualization.mining.targets import attribute_targets, record_activations
 from crp.visualization.mining.text_batches import Asked
-
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
-parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
 
 #: Shape (samples, time, channels, height, width).
 VIDEOS = torch.randn(3, 4, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from attribution_cases import KINDS, plain_sums
+from attribution_cases import every_kind, plain_sums
+from core_cases import Maps
 from torch import Tensor, nn
 
 from crp.attribution import AttributionGraph, CondAttribution, attrGraphResult
@@ -19,8 +20,6 @@ from crp.types import AttributionGraphResults
 
 pytestmark = plain_sums
 LAYERS = ["conv1", "layer1.conv1", "layer1.conv2", "layer2.conv1", "layer2.conv2", "layer2.downsample.0"]
-
-every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
 
 
 @pytest.fixture
@@ -251,13 +250,9 @@ def test_what_is_no_layer_map(graph, layer_map):
 
 
 def test_linear_layers(mlp, vectors):
-    class Tables(CondAttribution):
-        def heatmap_modifier(self, data: Tensor, on_device: object = None) -> Tensor:
-            return data.grad
-
     layers = [name for name, layer in mlp.named_modules() if isinstance(layer, nn.Linear)]
     graph = AttributionGraph(
-        Tables(mlp), trace_model_graph(mlp, vectors[:1], layers), dict.fromkeys(layers, ChannelConcept())
+        Maps(mlp), trace_model_graph(mlp, vectors[:1], layers), dict.fromkeys(layers, ChannelConcept())
     )
     nodes, connections = graph(vectors[:1], EpsilonPlus(), 2, "4", target=2, width=[2, 2], verbose=False)
     assert [layer for layer, _ in nodes] == ["4", "2", "2", "0", "0", "0", "0"]

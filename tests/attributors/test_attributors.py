@@ -7,7 +7,8 @@ import pytest
 import torch
 import zennit.attribution
 import zennit.composites
-from attributor_cases import Call, TwoInputs, gap_net, gradient, images, two_inputs
+from attributor_cases import Call, TwoInputs, close, gap_net, gradient, images, two_inputs
+from core_cases import Maps
 from hypothesis import given, settings
 from torch import nn
 
@@ -31,7 +32,6 @@ from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs
 
 few = settings(max_examples=20, deadline=None)
-close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 EVERY = [Gradient, Saliency, Sensitivity, SimpleTaylor, IntegratedGradients, SmoothGrad]
 
 
@@ -190,11 +190,7 @@ def test_smoothgrad_depends_on_the_seed_alone():
 def test_composite_takes_the_place_of_the_gradient(name):
     model, x = gap_net(), images()
 
-    class Whole(CondAttribution):
-        def heatmap_modifier(self, data, on_device=None):
-            return data.grad
-
-    expected = Whole(model)(x, [{"y": 2}], composites.get(name)).heatmap
+    expected = Maps(model)(x, [{"y": 2}], composites.get(name)).heatmap
     close(Gradient(model, composites.get(name))(x, 2)[1], expected)
     close(SmoothGrad(model, composites.get(name), n=3, noise_level=0)(x, 2)[1], expected)
     close(SimpleTaylor(model, composites.get(name))(x, 2)[1], expected)

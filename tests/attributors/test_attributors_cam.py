@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import zennit.core
-from attributor_cases import gap_net, gradient, images
+from attributor_cases import close, gap_net, gradient, images
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +14,6 @@ from crp.attributors import CAM, GradCAM, GradCAMPlusPlus, Gradient, GuidedGradC
 from crp.composites import EpsilonPlus, GuidedBackprop
 from crp.concepts import DirectionConcept
 
-close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 LAYER = "4"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 
 import numpy as np
 import pytest
 import torch
 import zennit.composites
-from attributor_cases import NAMES, TwoInputs, explain, gap_net, images
+from attributor_cases import NAMES, TwoInputs, close, explain, gap_net, images
 from torch import nn
 
 import crp
@@ -20,7 +19,6 @@ from crp.attributors.flow import concept_flow
 from crp.composites import DeepLift, EpsilonPlus
 from crp.concepts import ChannelConcept, Concept
 
-close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 KINDS = sorted({kind for kind, _, _ in ATTRIBUTORS.values()}, key=lambda kind: kind.__name__)
 
 

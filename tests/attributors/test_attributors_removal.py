@@ -1,6 +1,5 @@
 """Occlusion and Shapley values: closed forms, what windows cover, permutations, and passes through the model."""
 
-import functools
 import itertools
 import math
 
@@ -8,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from attributor_cases import Call, TwoInputs, gap_net, images, two_inputs
+from attributor_cases import Call, TwoInputs, close, gap_net, images, two_inputs
 from hypothesis import given, settings
 from torch import nn
 
@@ -21,7 +20,6 @@ from crp.engine.inputs import Inputs
 from crp.errors import InputError, InputTypeError
 
 few = settings(max_examples=20, deadline=None)
-close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
 
 def by_hand(score, x, window, step, baseline=0.0):

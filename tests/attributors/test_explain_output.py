@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 
 import pytest
 import torch
-from attributor_cases import gap_net, images
+from attributor_cases import InDict, close, gap_net, images
 from detectors import DETECTORS
 from preset_cases import numbers, seeded
 from test_explain import GIVEN, NAMES
@@ -18,22 +17,6 @@ from crp import composites
 from crp.attribution import CondAttribution
 from crp.attributors import Gradient, Neuron
 from crp.outputs import Element, Pixels, detection, segmentation, with_logits
-
-close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
-
-
-class InDict(nn.Module):
-    """A net that returns its scores beside something else, under a name; its layers keep their names."""
-
-    def __init__(self, net):
-        super().__init__()
-        for name, module in net.named_children():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        for module in self.children():
-            x = module(x)
-        return {"other": -x, "scores": x}
 
 
 def scores(returned):

@@ -281,6 +281,14 @@ def test_targets(vgg_bn, images):
     assert torch.allclose(logarithm[:, 0], vgg_bn(images).log_softmax(1)[:, 1])
 
 
+@pytest.mark.parametrize("composite", [None, BetaSmooth()])
+def test_images_that_depend_on_each_other_are_refused(linear, small, composite):
+    norm = nn.BatchNorm2d(2, track_running_stats=False)
+    model = nn.Sequential(norm, nn.ReLU(), *linear).double().eval()
+    with pytest.raises(CRPError, match="depends on the samples beside it"):
+        MeaningfulPerturbation(model, composite, **SMALL)(small, 1)
+
+
 def test_a_composite_changes_the_gradients(vgg_bn, images):
     plain = MeaningfulPerturbation(vgg_bn, **SMALL)(images)
     smooth = MeaningfulPerturbation(vgg_bn, BetaSmooth(beta=1.0), **SMALL)(images)

@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from canonizer_cases import Merged, check, randomize
+from canonizer_cases import Merged, check, layer_and_norms, random, ready
+from core_cases import Maps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,14 +15,6 @@ from torch.nn import functional as F
 from crp.attribution import CondAttribution
 from crp.canonizers import MergeBatchNorm
 from crp.composites import EpsilonPlus
-
-
-def ready(model):
-    return randomize(model).double().eval()
-
-
-def random(*shape):
-    return torch.randn(shape, dtype=torch.float64)
 
 
 class Wired(nn.Module):
@@ -155,19 +148,14 @@ class Loop(nn.Module):
         return self.dense(F.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
-class Everywhere(CondAttribution):
-    def heatmap_modifier(self, data, on_device=None):
-        return data.grad.clone()
-
-
 def test_relevance_of_a_loop_over_frames_is_that_of_one_pass():
     loop, data = ready(Loop()), random(2, 3, 1, 8, 8)
     at_once = copy.deepcopy(loop)
     at_once.at_once = True
-    expected = Everywhere(at_once)(data, [{"y": 1}], EpsilonPlus()).heatmap
-    found = Everywhere(loop)(data, [{"y": 1}], EpsilonPlus()).heatmap
+    expected = Maps(at_once)(data, [{"y": 1}], EpsilonPlus()).heatmap
+    found = Maps(loop)(data, [{"y": 1}], EpsilonPlus()).heatmap
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    unmerged = Everywhere(loop)(data, [{"y": 1}], EpsilonPlus([])).heatmap
+    unmerged = Maps(loop)(data, [{"y": 1}], EpsilonPlus([])).heatmap
     assert (unmerged - expected).abs().max() > 0.1 * expected.abs().max()
 
 
@@ -214,24 +202,8 @@ def test_functions_take_in_a_norm_on_each_side(name, untouched):
 @st.composite
 def nets(draw):
     """A function with batch norms around it, and an input; whether the first may be merged."""
-    kind, axes = draw(st.sampled_from([("conv", 1), ("conv", 2), ("transposed", 1), ("transposed", 2), ("linear", 0)]))
-    groups = draw(st.sampled_from([1, 2, 4])) if kind != "linear" else 1
-    inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
-    kernel, stride, dilation = (draw(st.integers(1, 3)) for _ in range(3))
-    padding = draw(st.integers(0, kernel // 2))
-    if kind == "linear":
-        layer, exact = nn.Linear(inputs, outputs), True
-    elif kind == "conv":
-        layer = (nn.Conv1d, nn.Conv2d)[axes - 1](inputs, outputs, kernel, stride, padding, dilation, groups)
-        exact = padding == 0
-    else:
-        layer = (nn.ConvTranspose1d, nn.ConvTranspose2d)[axes - 1](
-            inputs, outputs, kernel, stride, padding, 0, groups, True, dilation
-        )
-        exact = kernel == stride == dilation == 1
-    norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)[axes]
-    model = ready(nn.Sequential(norm(inputs), Function(layer), norm(outputs)))
-    return model, random(2, inputs, *(8,) * axes), exact
+    layer, (before, after), data, exact = layer_and_norms(draw, bias=True, mode="zeros")
+    return ready(nn.Sequential(before, Function(layer), after)), data, exact
 
 
 @given(nets(), st.integers(0, 2**31))

@@ -2,18 +2,14 @@
 
 import pytest
 import torch
-from canonizer_cases import check, randomize
+from canonizer_cases import check, layer_and_norms, random, ready
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 
-def ready(*layers):
-    return randomize(nn.Sequential(*layers)).double().eval()
-
-
-def random(*shape):
-    return torch.randn(shape, dtype=torch.float64)
+def sequence(*layers):
+    return ready(nn.Sequential(*layers))
 
 
 def without_shift(model):
@@ -51,14 +47,14 @@ AT_BORDERS = {
 @pytest.mark.parametrize("name", list(AHEAD))
 def test_merge_into_the_layer_after_it(name, untouched):
     make, norm, shape = AHEAD[name]
-    model = ready(norm(4, eps=1e-2), make())
+    model = sequence(norm(4, eps=1e-2), make())
     with untouched(model):
         check(model, random(*shape), {"0": "1"})
 
 
 @pytest.mark.parametrize("name", list(AT_BORDERS))
 def test_a_shift_is_not_merged_where_borders_would_miss_it(name, untouched):
-    model, data = ready(nn.BatchNorm2d(4), AT_BORDERS[name]()), random(2, 4, 5, 5)
+    model, data = sequence(nn.BatchNorm2d(4), AT_BORDERS[name]()), random(2, 4, 5, 5)
     with untouched(model):
         check(model, data, {}, {"0": "its shift would not reach the borders of '1'"})
     without_shift(model)
@@ -67,7 +63,7 @@ def test_a_shift_is_not_merged_where_borders_would_miss_it(name, untouched):
 
 
 def test_a_shift_that_comes_later_is_noticed():
-    model, data = without_shift(ready(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1))), random(2, 4, 5, 5)
+    model, data = without_shift(sequence(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1))), random(2, 4, 5, 5)
     check(model, data, {"0": "1"})
     with torch.no_grad():
         model[0].bias[2] = 1e-3
@@ -76,24 +72,24 @@ def test_a_shift_that_comes_later_is_noticed():
 
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(4, 6, 2, groups=2), lambda: nn.ConvTranspose2d(4, 6, 1, groups=2)])
 def test_one_layer_takes_in_one_on_each_side(make, untouched):
-    model = ready(nn.BatchNorm2d(4), make(), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6))
+    model = sequence(nn.BatchNorm2d(4), make(), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6))
     with untouched(model):
         check(model, random(2, 4, 5, 5), {"0": "1", "2": "1"}, {"4": "comes from '3' (ReLU)"})
 
 
 def test_the_layer_before_it_comes_first():
-    check(ready(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), random(2, 4, 3, 3), {"1": "0"})
+    check(sequence(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), random(2, 4, 3, 3), {"1": "0"})
 
 
 def test_the_layer_after_it_serves_where_the_one_before_does_not(untouched):
     first = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
-    model = ready(first, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+    model = sequence(first, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
     with untouched(model):
         check(model, random(2, 4, 3, 3), {"1": "2"})
 
 
 def test_pre_activation_blocks_are_left_as_they_are(untouched):
-    model = ready(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    model = sequence(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
     with untouched(model):
         reason = "input comes from the model's input; output is read by '1'"
         check(model, random(2, 4, 7, 7), {"3": "2"}, {"0": reason})
@@ -110,43 +106,24 @@ def test_pre_activation_blocks_are_left_as_they_are(untouched):
     ids=["tokens", "tokens_ahead", "unbatched", "unbatched_ahead"],
 )
 def test_the_axis_must_be_that_of_the_features(layers, shape, norm):
-    check(ready(*layers), random(*shape), {}, {norm: "another axis than the features of"})
+    check(sequence(*layers), random(*shape), {}, {norm: "another axis than the features of"})
 
 
 @st.composite
 def nets(draw):
     """A layer, possibly with batch norms around it, and an input; whether the first may be merged."""
-    kind, axes = draw(st.sampled_from([("conv", 1), ("conv", 2), ("transposed", 1), ("transposed", 2), ("linear", 0)]))
-    groups = draw(st.sampled_from([1, 2, 4])) if kind != "linear" else 1
-    inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
-    bias = draw(st.booleans())
-    kernel, stride, dilation = (draw(st.integers(1, 3)) for _ in range(3))
-    padding = draw(st.integers(0, kernel // 2))
-    if kind == "linear":
-        layer, exact = nn.Linear(inputs, outputs, bias=bias), True
-    elif kind == "conv":
-        mode = draw(st.sampled_from(["zeros", "replicate"]))
-        layer = (nn.Conv1d, nn.Conv2d)[axes - 1](
-            inputs, outputs, kernel, stride, padding, dilation, groups, bias, padding_mode=mode
-        )
-        exact = mode == "replicate" or padding == 0
-    else:
-        layer = (nn.ConvTranspose1d, nn.ConvTranspose2d)[axes - 1](
-            inputs, outputs, kernel, stride, padding, 0, groups, bias, dilation
-        )
-        exact = kernel == stride == dilation == 1
-    norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)[axes]
-    before, after, affine = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
-    eps = draw(st.sampled_from([1e-5, 1e-1]))
-    first, second = (norm(size, eps=eps, affine=affine) for size in (inputs, outputs))
-    model = ready(first if before else nn.Identity(), layer, second if after else nn.Identity())
+    bias, mode = draw(st.booleans()), draw(st.sampled_from(["zeros", "replicate"]))
+    eps, affine = draw(st.sampled_from([1e-5, 1e-1])), draw(st.booleans())
+    layer, (first, second), data, exact = layer_and_norms(draw, bias, mode, eps=eps, affine=affine)
+    before, after = draw(st.booleans()), draw(st.booleans())
+    model = sequence(first if before else nn.Identity(), layer, second if after else nn.Identity())
     if draw(st.booleans()):
         without_shift_ = model[0] if before else nn.BatchNorm1d(1)
         nn.init.zeros_(without_shift_.running_mean)
         if affine and before:
             nn.init.zeros_(without_shift_.bias)
         exact = True
-    return model, random(2, inputs, *(8,) * axes), before, after, exact
+    return model, data, before, after, exact
 
 
 @given(nets(), st.integers(0, 2**31))

@@ -88,13 +88,6 @@ def test_names_come_before_the_first_layer_before_the_layer_map():
     assert [rule_of[layer] for layer in CONVOLUTIONS] == ["Flat", "Gamma", "Gamma"]
 
 
-def test_report_says_which_entry_an_operation_matched():
-    composite = LRP(layer_map=[("features.*", None), (nn.Linear, ZPlus())])
-    reasons = {row.layer: row.why for row in composite.report(stack(), images()).operations}
-    assert reasons["features.0"] == reasons["features.1"] == "('features.*', None)"
-    assert reasons["fc"].startswith("(Linear, ZPlus(") and reasons["flat"] == "the ordinary chain rule is the method"
-
-
 @pytest.mark.parametrize("maps", [{"layer_map": [("feature.2", Gamma())]}, {"name_map": [(["feature.2"], Gamma())]}])
 @pytest.mark.parametrize("error", [KeyError, ValueError])
 def test_unknown_names_are_errors_that_name_the_nearest(maps, error):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attribution_cases import close, net
-from concept_cases import Identity
+from concept_cases import Autoencoder, Identity
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
@@ -20,29 +20,13 @@ COMPOSITES = [EpsilonPlus(), EpsilonPlusFlat(), EpsilonGamma(), GradientTimesInp
 every_composite = pytest.mark.parametrize("composite", COMPOSITES, ids=lambda c: type(c).__name__)
 
 
-class Autoencoder(nn.Module):
-    """Sparse autoencoder with biases, as it is before or after training."""
-
-    def __init__(self, width: int = 2, top: int | None = None) -> None:
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(C, width * C), nn.Linear(width * C, C)
-        self.top = top
-        self.double().eval()
-
-    def encode(self, activation: Tensor):
-        latents = self.encoder(activation - self.decoder.bias).relu()
-        if self.top is None:
-            return latents
-        least = latents.topk(self.top, -1).values[..., -1:]
-        return torch.where(latents >= least, latents, 0), least
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
+def autoencoder(width: int = 2, top: int | None = None) -> Autoencoder:
+    return Autoencoder(C, width, top).double().eval()
 
 
 def trained(width: int = 4) -> Autoencoder:
     torch.manual_seed(1)
-    model, data = Autoencoder(width), torch.randn(200, C).double().relu()
+    model, data = autoencoder(width), torch.randn(200, C).double().relu()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(100):
         optimizer.zero_grad()
@@ -54,9 +38,9 @@ def trained(width: int = 4) -> Autoencoder:
 
 CODES = {
     "identity": Identity,
-    "random": Autoencoder,
-    "wide": lambda: Autoencoder(16),
-    "top": lambda: Autoencoder(4, 3),
+    "random": autoencoder,
+    "wide": lambda: autoencoder(16),
+    "top": lambda: autoencoder(4, 3),
     "trained": trained,
     "trained, wide": lambda: trained(16),
 }
@@ -154,7 +138,7 @@ def test_account(model, data, make, composite):
 def test_rules_that_are_mapped_to_its_maps_do_not_take_them(model, data, composite):
     attribution = CondAttribution(model)
     wanted = attribution(data, [{"y": 1}], composite).heatmap
-    with splice(model, "body.0", Autoencoder()):
+    with splice(model, "body.0", autoencoder()):
         found = attribution(data, [{"y": 1}], composite).heatmap
         report = composite.report(model, data)
     assert close(found, wanted, 1e-9)
@@ -168,7 +152,7 @@ def test_tokens_and_transcoders():
     attribution, data = CondAttribution(model), torch.randn(2, 3, 4).double()
     wanted = attribution(data, [{"y": 1}], EpsilonPlus())
     for reads in ("output", "input"):
-        with splice(model, "up", Autoencoder(3), axis=-1, reads=reads) as names:
+        with splice(model, "up", autoencoder(3), axis=-1, reads=reads) as names:
             found = attribution(data, [{"y": 1}], EpsilonPlus(), [names.code, names.error])
         assert found.relevances[names.code].shape == (2, 3, 3 * C)
         assert close(found.prediction, wanted.prediction)
@@ -179,7 +163,7 @@ def test_tokens_and_transcoders():
 def test_composites_of_zennit_are_refused(model, data):
     attribution = CondAttribution(model)
     with (
-        splice(model, "conv1", Autoencoder()),
+        splice(model, "conv1", autoencoder()),
         pytest.raises(TypeError, match=r"'conv1.code' needs the ordinary chain"),
     ):
         attribution(data, [{"y": 1}], ZennitEpsilonPlus())
@@ -190,7 +174,7 @@ WRONG = [
     (KeyError, "'conv2' not found in model; nearest names: 'conv1'", "conv2", Identity(), {}),
     (TypeError, "code needs the methods encode and decode; Linear has no encode", "conv1", nn.Linear(C, C), {}),
     (ValueError, "axis must be a whole number, and not 0, that of the samples", "fc", Identity(), {"axis": 0}),
-    (RuntimeError, "must match the size of tensor b", "body", Autoencoder(), {"axis": -1}),
+    (RuntimeError, "must match the size of tensor b", "body", autoencoder(), {"axis": -1}),
 ]
 
 

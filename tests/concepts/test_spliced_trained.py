@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from concept_cases import Identity
+from concept_cases import Autoencoder, Identity
 from torch import Tensor, nn
 from torch.nn import functional as F
 from trained_nets import MEAN, STD, cifar_images, cifar_net
@@ -14,20 +14,6 @@ from crp.composites import EpsilonGamma, EpsilonPlus
 from crp.concepts import splice
 
 LAYER, CHANNELS = "layer3.1", 64
-
-
-class Autoencoder(nn.Module):
-    """Sparse autoencoder with so many latents for each channel."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.encoder, self.decoder = nn.Linear(CHANNELS, width * CHANNELS), nn.Linear(width * CHANNELS, CHANNELS)
-
-    def encode(self, activation: Tensor) -> Tensor:
-        return self.encoder(activation - self.decoder.bias).relu()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +31,7 @@ def net() -> tuple[nn.Module, Tensor, list[int], Tensor]:
 
 def trained(width: int, activations: Tensor, steps: int) -> Autoencoder:
     torch.manual_seed(0)
-    model = Autoencoder(width)
+    model = Autoencoder(CHANNELS, width)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(steps):
         batch = activations[torch.randint(len(activations), (512,))]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attribution_cases import COMPOSITES, SMALL, same, small_net
+from attribution_cases import COMPOSITES, SMALL, rows, same, small_net
 from torch import Tensor, nn
 from zennit.core import Composite as ZennitComposite
 
@@ -16,7 +16,6 @@ from crp.attribution import CondAttribution
 from crp.composites import Composite
 from crp.engine import backward as engine
 from crp.rules import Rule
-from crp.types import AttributionResults
 
 VMAP, OLDER = "_by_vmap", "_by_older_vmap"
 
@@ -72,19 +71,7 @@ def test_rows_that_go_back_together_are_those_that_go_alone(
     for row in range(len(together.heatmap)):
         sample, condition = divmod(row, len(conditions))
         alone = attribution(SMALL[sample : sample + 1], [conditions[condition]], make(), ["conv1"])
-        assert same(one_row(together, row), alone)
-
-
-def one_row(results: AttributionResults, row: int) -> AttributionResults:
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[row : row + 1]
-
-    return AttributionResults(
-        cut(results.heatmap),
-        {name: cut(tensor) for name, tensor in results.activations.items()},
-        {name: cut(tensor) for name, tensor in results.relevances.items()},
-        cut(results.prediction),
-    )
+        assert same(rows(together, [row]), alone)
 
 
 @pytest.mark.parametrize("message", ["[enforce fail] DefaultCPUAllocator: can't allocate memory", "another"])

@@ -52,18 +52,19 @@ def largest() -> nn.Module:
 DEEP_TAYLOR = DeepTaylor(first_map=[(nn.Linear, ZPlus(0.0, "bias"))])
 
 
+def gradient(model: nn.Module, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    data = torch.from_numpy(inputs).requires_grad_()
+    return torch.autograd.grad(model(data)[range(len(data)), targets].sum(), data)[0].numpy()
+
+
 def times_input(model: nn.Module, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Gradient x input, in the form of Quantus."""
-    data = torch.from_numpy(inputs).requires_grad_()
-    (gradient,) = torch.autograd.grad(model(data)[range(len(data)), targets].sum(), data)
-    return (gradient * data).detach().numpy()
+    return gradient(model, inputs, targets) * inputs
 
 
 def squared(model: nn.Module, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Sensitivity."""
-    data = torch.from_numpy(inputs).requires_grad_()
-    (gradient,) = torch.autograd.grad(model(data)[range(len(data)), targets].sum(), data)
-    return gradient.square().numpy()
+    return gradient(model, inputs, targets) ** 2
 
 
 # --- pixel flipping -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attributor_cases import InDict
 from torch import Tensor, nn
 
 from crp.attributors import Occlusion
@@ -21,18 +22,6 @@ METRICS = {
     "local_lipschitz": (local_lipschitz, {"samples": 2}),
     "randomization": (randomization, {}),
 }
-
-
-class InDict(nn.Module):
-    def __init__(self, net: nn.Sequential) -> None:
-        super().__init__()
-        for name, module in net.named_children():
-            self.add_module(name, module)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        for module in self.children():
-            x = module(x)
-        return {"other": -x, "scores": x}
 
 
 def net() -> nn.Sequential:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from attribution_cases import close
+from concept_cases import Autoencoder
 from feature_net import Images, as_tensors, make_fv, make_net
-from torch import Tensor, nn
+from torch import Tensor
 
 from crp.attribution import AttributionGraph, CondAttribution
 from crp.composites import EpsilonGamma, EpsilonPlus
@@ -18,24 +19,14 @@ from crp.visualization.table.store import Table
 LAYER, WIDTH = "second", 3
 
 
-class Autoencoder(nn.Module):
-    """Three latents for each of the 5 channels, and a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.encoder, self.decoder = nn.Linear(5, WIDTH * 5).double(), nn.Linear(WIDTH * 5, 5).double()
-
-    def encode(self, activation: Tensor) -> Tensor:
-        return self.encoder(activation).relu()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
+def autoencoder() -> Autoencoder:
+    torch.manual_seed(2)
+    return Autoencoder(5, WIDTH).double().eval()
 
 
 @pytest.mark.parametrize("composite", [EpsilonPlus(), EpsilonGamma()], ids=lambda c: type(c).__name__)
 def test_tables_and_references_of_latents(tmp_path, composite):
-    net, code = make_net(), Autoencoder().eval()
+    net, code = make_net(), autoencoder()
     data, conditions = Images().data, [{"y": label} for label in Images().labels]
     plain = CondAttribution(net)(data, conditions, composite, [LAYER])
     bias = torch.einsum("bchw,c->b", plain.multipliers[LAYER], code.decoder.bias.detach())
@@ -63,7 +54,7 @@ def test_tables_and_references_of_latents(tmp_path, composite):
 
 def test_latents_in_the_graph():
     """What latents, error and bias take from a channel above adds up to what the layer takes from it."""
-    net, code, data = make_net(), Autoencoder().eval(), Images().data[:1]
+    net, code, data = make_net(), autoencoder(), Images().data[:1]
     condition = [{"y": 1, "relu2": [2]}]
     plain = CondAttribution(net)(data, condition, EpsilonPlus(), [LAYER], exclude_parallel=False)
     with splice(net, LAYER, code) as names:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import zennit.composites
 import zennit.rules
+from core_cases import Maps
 from hypothesis import assume, given, settings
 from rule_cases import close, jacobian, neg, pos
 from torch import nn
@@ -20,13 +21,6 @@ from crp.rules.functions import names_with
 
 few = settings(max_examples=20, deadline=None)
 LOW, HIGH = -1.5, 2.0
-
-
-class Whole(CondAttribution):
-    """Gives the result without summing over channels."""
-
-    def heatmap_modifier(self, data, on_device=None):
-        return data.grad
 
 
 def ratio(above, below):
@@ -260,7 +254,7 @@ FIRST = {"box": (form_zbox, {"low": LOW, "high": HIGH}), "unbounded": (form_wsqu
 def test_net_is_the_formula_in_matrices(pool, maxpool, first, bias):
     model, data = net(pool, bias), images()
     form, bounds = FIRST[first]
-    found = Whole(model)(data, [{"y": 1}], DeepTaylor(maxpool=maxpool, **bounds)).heatmap
+    found = Maps(model)(data, [{"y": 1}], DeepTaylor(maxpool=maxpool, **bounds)).heatmap
     start = torch.zeros(2, 4).double()
     start[:, 1] = model(data)[:, 1].detach()
     close(found, in_matrices(model, data, start, form, maxpool), 1e-12)
@@ -280,13 +274,13 @@ def test_net_is_as_in_zennit(first):
         ],
         [(AnyLinear, at_input)],
     )
-    expected = Whole(model)(data, [{"y": 1}], composite).heatmap
-    close(Whole(model)(data, [{"y": 1}], DeepTaylor(**FIRST[first][1])).heatmap, expected, 1e-11)
+    expected = Maps(model)(data, [{"y": 1}], composite).heatmap
+    close(Maps(model)(data, [{"y": 1}], DeepTaylor(**FIRST[first][1])).heatmap, expected, 1e-11)
 
 
 def test_mlp_is_the_formula_in_matrices(mlp, vectors):
     model = mlp
-    found = Whole(model)(vectors, [{"y": 3}], DeepTaylor()).heatmap
+    found = Maps(model)(vectors, [{"y": 3}], DeepTaylor()).heatmap
     start = torch.zeros(4, 4).double()
     start[:, 3] = model(vectors)[:, 3].detach()
     close(found, in_matrices(model, vectors, start, form_wsquare, "wta"), 1e-12)
@@ -305,7 +299,7 @@ def test_batch_norm_is_merged():
         merged[0].weight.mul_(scale[:, None, None, None])
         merged[0].bias.copy_((model[0].bias - norm.running_mean) * scale + norm.bias)
     composite = DeepTaylor(low=LOW, high=HIGH, maxpool="avg")
-    found, expected = (Whole(m)(data, [{"y": 0}], composite).heatmap for m in (model, merged))
+    found, expected = (Maps(m)(data, [{"y": 0}], composite).heatmap for m in (model, merged))
     close(found, expected, 1e-11)
 
 
@@ -323,7 +317,7 @@ def test_functions_are_as_modules():
             return self.fc2(torch.relu_(self.fc1(self.conv2(x).relu().flatten(1))))
 
     for maxpool in ("wta", "avg"):
-        found, expected = (Whole(m)(images(), [{"y": 1}], DeepTaylor(maxpool=maxpool)).heatmap for m in (Net(), plain))
+        found, expected = (Maps(m)(images(), [{"y": 1}], DeepTaylor(maxpool=maxpool)).heatmap for m in (Net(), plain))
         close(found, expected, 1e-14)
 
 
@@ -332,7 +326,7 @@ def test_black_pixels_may_be_relevant():
     model, data = net(), images()
     data[:, :, 2:4, 2:4] = 0
     for bounds in ({"low": LOW, "high": HIGH}, {}):
-        found = Whole(model)(data, [{"y": 1}], DeepTaylor(**bounds)).heatmap
+        found = Maps(model)(data, [{"y": 1}], DeepTaylor(**bounds)).heatmap
         assert (found[:, :, 2:4, 2:4] != 0).any()
 
 
@@ -350,7 +344,7 @@ def test_relevance_is_conserved_and_not_negative_where_biases_are_not_positive(s
     target = int(output.amin(0).argmax())
     assume((output[:, target] > 0).all())
     composite = DeepTaylor(maxpool=maxpool, **FIRST[first][1])
-    found = Whole(model)(data, [{"y": target}], composite, record_layer=["0", "3", "4", "7"])
+    found = Maps(model)(data, [{"y": target}], composite, record_layer=["0", "3", "4", "7"])
     for relevance in (found.heatmap, *found.relevances.values()):
         close(relevance.flatten(1).sum(1), output[:, target], 1e-11)
         assert relevance.min() >= -1e-14
@@ -371,7 +365,7 @@ def test_negative_outputs_are_shared_too():
     model, data = nn.Sequential(nn.Linear(2, 1)).double().eval(), torch.tensor([[1.0, 1.0]]).double()
     model[0].weight.data = torch.tensor([[1.0, -3.0]]).double()
     model[0].bias.data.zero_()
-    close(Whole(model)(data, [{"y": 0}], DeepTaylor()).heatmap, torch.tensor([[-0.2, -1.8]], dtype=torch.float64))
+    close(Maps(model)(data, [{"y": 0}], DeepTaylor()).heatmap, torch.tensor([[-0.2, -1.8]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["vgg_bn", "resnet"])
@@ -398,7 +392,7 @@ def test_concepts_of_a_layer_add_up_to_the_whole(maxpool):
 
 def test_start_layer_explains_a_channel():
     model, data = net(), images()
-    found = Whole(model)(data, [{"4": 5}], DeepTaylor(low=LOW, high=HIGH), start_layer="4").heatmap
+    found = Maps(model)(data, [{"4": 5}], DeepTaylor(low=LOW, high=HIGH), start_layer="4").heatmap
     start = model[:5](data).detach() * F.one_hot(torch.tensor(5), 8)[:, None, None]
     close(found, in_matrices(model[:5], data, start.flatten(1), form_zbox, "wta"), 1e-12)
 
@@ -407,7 +401,7 @@ def test_start_layer_explains_a_channel():
 @given(st.integers(0, 2**31), st.floats(-10, 10), st.sampled_from(["wta", "avg"]))
 def test_result_is_linear_in_the_start(seed, factor, maxpool):
     one, other = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    attribution, data, composite = Whole(net()), images(), DeepTaylor(maxpool=maxpool)
+    attribution, data, composite = Maps(net()), images(), DeepTaylor(maxpool=maxpool)
     first, second, mix = (
         attribution(data, [{}], composite, init_rel=start).heatmap for start in (one, other, one + factor * other)
     )
@@ -416,17 +410,17 @@ def test_result_is_linear_in_the_start(seed, factor, maxpool):
 
 def test_samples_do_not_depend_on_each_other():
     model, data, composite = net(), images(3), DeepTaylor(low=LOW, high=HIGH, maxpool="avg")
-    together = Whole(model)(data, [{"y": 1}], composite).heatmap
-    alone = [Whole(model)(data[[i]], [{"y": 1}], composite).heatmap for i in range(3)]
+    together = Maps(model)(data, [{"y": 1}], composite).heatmap
+    alone = [Maps(model)(data[[i]], [{"y": 1}], composite).heatmap for i in range(3)]
     close(together, torch.cat(alone), 1e-12)
 
 
 def test_bounds_may_be_lists_and_tensors():
     model, data = net(), images()
     low, high = [[[LOW]], [[LOW - 1]], [[LOW]]], torch.tensor([HIGH, HIGH, HIGH + 2]).reshape(3, 1, 1)
-    found = Whole(model)(data, [{"y": 1}], DeepTaylor(low=low, high=high)).heatmap
+    found = Maps(model)(data, [{"y": 1}], DeepTaylor(low=low, high=high)).heatmap
     close(found.flatten(1).sum(1), model(data)[:, 1].detach(), 1e-11)
-    assert not torch.allclose(found, Whole(model)(data, [{"y": 1}], DeepTaylor(low=LOW, high=HIGH)).heatmap, rtol=1e-2)
+    assert not torch.allclose(found, Maps(model)(data, [{"y": 1}], DeepTaylor(low=LOW, high=HIGH)).heatmap, rtol=1e-2)
 
 
 @pytest.mark.parametrize(

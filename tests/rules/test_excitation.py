@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import zennit.composites
+from core_cases import Maps
 from hypothesis import given, settings
 from rule_cases import LAYERS, as_matrices, attribute, by_hook, close, neg, pos, seeded
 from torch import nn
@@ -15,13 +16,6 @@ from crp.composites import ContrastiveExcitationBackprop, ExcitationBackprop
 
 few = settings(max_examples=20, deadline=None)
 SIGNED = ["split", "as_is", "shift"]
-
-
-class Whole(CondAttribution):
-    """Gives the result without summing over channels."""
-
-    def heatmap_modifier(self, data, on_device=None):
-        return data.grad
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
@@ -92,7 +86,7 @@ def test_shift_reaches_pixels_of_value_zero():
     model = nn.Sequential(nn.Linear(3, 1)).double().eval()
     model[0].weight.data = torch.ones(1, 3).double()
     data = torch.tensor([[-1.0, 0.0, 2.0]]).double()
-    found = Whole(model)(data, [{"y": 0}], ExcitationBackprop(signed="shift")).heatmap
+    found = Maps(model)(data, [{"y": 0}], ExcitationBackprop(signed="shift")).heatmap
     close(found, torch.tensor([[0.0, 0.25, 0.75]]).double())
 
 
@@ -190,21 +184,21 @@ def one_hot(target, n=2):
 @pytest.mark.parametrize("kind", ["max", "overlapping", "avg"])
 def test_net_is_the_algorithm_of_torchray(kind, bias, norm):
     model, data = net(kind, bias, norm), images()
-    found = Whole(model)(data, [{"y": 1}], ExcitationBackprop()).heatmap
+    found = Maps(model)(data, [{"y": 1}], ExcitationBackprop()).heatmap
     close(found, excitation_backprop(model, data, one_hot(1)), 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["max", "avg"])
 def test_signed_inputs_as_torchray_takes_them(kind):
     model, data = net(kind), images() - 0.4
-    found = Whole(model)(data, [{"y": 1}], ExcitationBackprop(signed="as_is")).heatmap
+    found = Maps(model)(data, [{"y": 1}], ExcitationBackprop(signed="as_is")).heatmap
     close(found, excitation_backprop(model, data, one_hot(1)), 1e-10)
 
 
 @pytest.mark.parametrize("kind", ["max", "avg"])
 def test_net_without_bias_is_as_in_zennit(kind):
     model, data = net(kind, bias=False, norm=False), images() - 0.4
-    found = Whole(model)(data, [{"y": 1}], ExcitationBackprop()).heatmap
+    found = Maps(model)(data, [{"y": 1}], ExcitationBackprop()).heatmap
     with zennit.composites.ExcitationBackprop(stabilizer=1e-15).context(model):
         leaf = data.clone().requires_grad_()
         (expected,) = torch.autograd.grad(model(leaf), leaf, one_hot(1))
@@ -214,11 +208,11 @@ def test_net_without_bias_is_as_in_zennit(kind):
 def test_batch_norm_is_merged_or_passed():
     """Its scale cancels in the quotient, but for the sign."""
     model, data = net(), images()
-    merged, passed = (Whole(model)(data, [{"y": 1}], ExcitationBackprop(c)).heatmap for c in ("auto", None))
+    merged, passed = (Maps(model)(data, [{"y": 1}], ExcitationBackprop(c)).heatmap for c in ("auto", None))
     close(passed, merged, 1e-12)
     with torch.no_grad():
         model[1].weight[::2] *= -1
-    merged, passed = (Whole(model)(data, [{"y": 1}], ExcitationBackprop(c)).heatmap for c in ("auto", None))
+    merged, passed = (Maps(model)(data, [{"y": 1}], ExcitationBackprop(c)).heatmap for c in ("auto", None))
     close(merged, excitation_backprop(model, data, one_hot(1)), 1e-12)
     assert not torch.allclose(passed, merged, rtol=1e-2, atol=1e-5)
 
@@ -226,7 +220,7 @@ def test_batch_norm_is_merged_or_passed():
 def test_start_is_a_distribution_over_outputs():
     model, data = net(), images()
     start = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.1, 0.9]], dtype=torch.float64)
-    found = Whole(model)(data, [{}], ExcitationBackprop(), init_rel=start).heatmap
+    found = Maps(model)(data, [{}], ExcitationBackprop(), init_rel=start).heatmap
     close(found, excitation_backprop(model, data, start), 1e-12)
     close(found.flatten(1).sum(1), torch.ones(2).double(), 1e-12)
 
@@ -241,7 +235,7 @@ def test_every_layer_sums_to_one(name, signed, images, request):
     }[name]
     targets = [{"y": target} for target in range(5)]
     composite = ExcitationBackprop(signed=signed)
-    found = Whole(model)(images, targets, composite, record_layer=layers)
+    found = Maps(model)(images, targets, composite, record_layer=layers)
     kept = CondAttribution(model).absorbed(images, targets, composite).total
     total = found.heatmap.flatten(1).sum(1)
     close(total + kept, torch.ones(20).double(), 1e-12)
@@ -269,7 +263,7 @@ class Dense(nn.Module):
 
 
 def test_dense_net_with_smooth_activations_sums_to_one():
-    found = Whole(Dense())(images(), [{"y": 2}], ExcitationBackprop(), record_layer=["convs.2"])
+    found = Maps(Dense())(images(), [{"y": 2}], ExcitationBackprop(), record_layer=["convs.2"])
     close(found.heatmap.flatten(1).sum(1), torch.ones(2).double(), 1e-12)
     assert found.heatmap.min() >= 0
 
@@ -282,7 +276,7 @@ def test_dense_net_with_smooth_activations_sums_to_one():
 def test_contrast_is_the_algorithm_of_torchray(layer, dual, kind):
     """Both parts are propagated to the input and subtracted there; TorchRay subtracts at its contrast layer."""
     model, data = net(kind, seed=1), images()
-    found = Whole(model)(data, [{"y": 1}], ContrastiveExcitationBackprop(layer=layer)).heatmap
+    found = Maps(model)(data, [{"y": 1}], ContrastiveExcitationBackprop(layer=layer)).heatmap
     assert found.abs().sum() > 0
     expected = excitation_backprop(model, data, one_hot(1)) - excitation_backprop(model, data, one_hot(1), dual)
     close(found, expected, 1e-12)
@@ -294,13 +288,13 @@ def test_difference_may_be_taken_at_any_layer(until):
     model, data = net(seed=1), images()
     parts = [excitation_backprop(model, data, one_hot(1), dual, until) for dual in (None, 8)]
     name = {4: "4", 6: "6", 8: "8"}[until]
-    found = Whole(model)(data, [{"y": 1}], ContrastiveExcitationBackprop(), record_layer=[name]).relevances[name]
+    found = Maps(model)(data, [{"y": 1}], ContrastiveExcitationBackprop(), record_layer=[name]).relevances[name]
     close(found, parts[0] - parts[1], 1e-12)
 
 
 def test_contrast_sums_to_zero_before_clamping():
     model, data = net(seed=1), images(4)
-    found = Whole(model)(data, [{"y": 1}], ContrastiveExcitationBackprop(), record_layer=["0", "3", "8"])
+    found = Maps(model)(data, [{"y": 1}], ContrastiveExcitationBackprop(), record_layer=["0", "3", "8"])
     for relevance in (found.heatmap, *found.relevances.values()):
         assert relevance.flatten(1).sum(1).abs().max() < 1e-12 * relevance.abs().sum()
     assert found.heatmap.sum(1).clamp(min=0).sum() > 0.1
@@ -335,7 +329,7 @@ def test_start_layer_explains_a_channel():
     start = torch.zeros(2, 12, 2, 2, dtype=torch.float64)
     start[:, 5] = 1
     head = model[:5]
-    found = Whole(model)(data, [{"4": 5}], ExcitationBackprop(), start_layer="4", init_rel=start).heatmap
+    found = Maps(model)(data, [{"4": 5}], ExcitationBackprop(), start_layer="4", init_rel=start).heatmap
     close(found, excitation_backprop(head, data, start), 1e-12)
 
 
@@ -344,7 +338,7 @@ def test_start_layer_explains_a_channel():
 def test_probabilities_sum_to_one_up_to_what_has_no_excitation(seed, kind, bias, signed):
     model, data = net(kind, bias, seed=seed), images(seed=seed) - (0.4 if signed != "as_is" else 0)
     composite = ExcitationBackprop(signed=signed)
-    found = Whole(model)(data, [{"y": 1}], composite).heatmap
+    found = Maps(model)(data, [{"y": 1}], composite).heatmap
     kept = CondAttribution(model).absorbed(data, [{"y": 1}], composite).total
     close(found.flatten(1).sum(1) + kept, torch.ones(2).double(), 1e-12)
     assert found.min() > -1e-15
@@ -354,7 +348,7 @@ def test_probabilities_sum_to_one_up_to_what_has_no_excitation(seed, kind, bias,
 @given(st.integers(0, 2**31), st.floats(-10, 10), st.sampled_from(list(BOTH)))
 def test_result_is_linear_in_the_start(seed, factor, name):
     one, other = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    attribution, data = Whole(net(seed=1)), images()
+    attribution, data = Maps(net(seed=1)), images()
     first, second, mix = (
         attribution(data, [{}], BOTH[name], init_rel=start).heatmap for start in (one, other, one + factor * other)
     )
@@ -365,6 +359,6 @@ def test_result_is_linear_in_the_start(seed, factor, name):
 def test_samples_do_not_depend_on_each_other(signed):
     model, data = net(), images(3) - torch.tensor([0.1, 0.0, 0.8]).double()[:, None, None, None]
     for composite in (ExcitationBackprop(signed=signed), ContrastiveExcitationBackprop(signed=signed)):
-        together = Whole(model)(data, [{"y": 1}], composite).heatmap
-        alone = [Whole(model)(data[[i]], [{"y": 1}], composite).heatmap for i in range(3)]
+        together = Maps(model)(data, [{"y": 1}], composite).heatmap
+        alone = [Maps(model)(data[[i]], [{"y": 1}], composite).heatmap for i in range(3)]
         close(together, torch.cat(alone), 1e-12)

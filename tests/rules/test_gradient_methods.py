@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import zennit.composites
+from core_cases import Maps
 from hypothesis import given, settings
 from rule_cases import close
 from torch import nn
@@ -60,13 +61,6 @@ def images(n=2):
     return torch.randn(n, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-class Whole(CondAttribution):
-    """Gives the result without summing over channels."""
-
-    def heatmap_modifier(self, data, on_device=None):
-        return data.grad
-
-
 def flow(model, data, composite, start):
     with composite.context(model):
         leaf = data.clone().requires_grad_()
@@ -96,7 +90,7 @@ def in_matrices(mlp, x, m, form):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_result_is_the_formula_in_matrices(name, mlp, vectors):
-    found = Whole(mlp)(vectors, [{"y": 2}], composites.get(name)).heatmap
+    found = Maps(mlp)(vectors, [{"y": 2}], composites.get(name)).heatmap
     start = F.one_hot(torch.tensor([2] * 4), 4).double()
     close(found, in_matrices(mlp, vectors, start, FORMS[name]), 1e-12)
 
@@ -256,7 +250,7 @@ def test_condition_masks_what_flows(name, mlp, vectors):
         m = FORMS[name](w3[3].expand(4, -1), a2) * keep
         return FORMS[name](m @ w2, a1) @ w1
 
-    found = Whole(mlp)(vectors, [{"y": 3, "2": [1, 4, 6]}], composites.get(name)).heatmap
+    found = Maps(mlp)(vectors, [{"y": 3, "2": [1, 4, 6]}], composites.get(name)).heatmap
     close(found, expected(keep), 1e-12)
     parts = sum(expected(row) for row in torch.eye(8, dtype=torch.float64))
     assert not torch.allclose(parts, expected(torch.ones(8, dtype=torch.float64)), rtol=1e-2)
@@ -278,7 +272,7 @@ def test_recorded_layers_hold_multipliers(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_start_layer_explains_a_unit(name, mlp, vectors):
     (w1, b1), (w2, _), _ = weights(mlp)
-    found = Whole(mlp)(vectors, [{"2": 3}], composites.get(name), start_layer="2").heatmap
+    found = Maps(mlp)(vectors, [{"2": 3}], composites.get(name), start_layer="2").heatmap
     close(found, FORMS[name](w2[3].expand(4, -1), vectors @ w1.T + b1) @ w1, 1e-12)
 
 

@@ -36,6 +36,9 @@ COMPOSITES: dict[str, Callable[[], Composite | None]] = {
 }
 #: One of each kind, where the rules do not matter.
 KINDS = {name: COMPOSITES[name] for name in ("gradient", "zennit_flat", "plus_flat")}
+every_composite = pytest.mark.parametrize("composite", [make() for make in COMPOSITES.values()], ids=list(COMPOSITES))
+every_kind = pytest.mark.parametrize("composite", [make() for make in KINDS.values()], ids=list(KINDS))
+parallel = pytest.mark.parametrize("exclude_parallel", [True, False], ids=["exclusive", "masks_only"])
 
 
 class Net(nn.Module):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 import crp
 
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 NAMES = [method.name for method in crp.methods()]
 MAPS = ["cam", "grad_cam", "grad_cam_pp", "guided_grad_cam"]
 #: Options that must be given, or that keep tests short.
@@ -67,6 +70,20 @@ def gradient(model: nn.Module, x: Tensor, classes: list[int] | int) -> Tensor:
     return torch.autograd.grad(output[torch.arange(len(x)), ids].sum(), leaf)[0]
 
 
+class InDict(nn.Module):
+    """A net that returns its scores beside something else, under a name; its layers keep their names."""
+
+    def __init__(self, net):
+        super().__init__()
+        for name, module in net.named_children():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        for module in self.children():
+            x = module(x)
+        return {"other": -x, "scores": x}
+
+
 class Call(nn.Module):
     """A function as a model."""
 
@@ -75,8 +92,8 @@ class Call(nn.Module):
         self.function = function
         self.eval()
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        return self.function(*inputs, **named)
 
 
 def explain(name, model, x, target=None, **options):

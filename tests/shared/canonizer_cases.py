@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crp.canonizers import MergeBatchNorm
@@ -24,6 +26,42 @@ def randomize(model: nn.Module) -> nn.Module:
                 if tensor is not None:
                     tensor.uniform_(low, high)
     return model
+
+
+def ready(model: nn.Module) -> nn.Module:
+    return randomize(model).double().eval()
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def layer_and_norms(
+    draw: Callable[[Any], Any], bias: bool, mode: str, **of_norm: Any
+) -> tuple[nn.Module, tuple[nn.Module, nn.Module], Tensor, bool]:
+    """A layer with this mode of padding, batch norms for before and after it, and an input.
+
+    Also whether what is added to the input reaches all outputs alike, at borders too.
+    """
+    kind, axes = draw(st.sampled_from([("conv", 1), ("conv", 2), ("transposed", 1), ("transposed", 2), ("linear", 0)]))
+    groups = draw(st.sampled_from([1, 2, 4])) if kind != "linear" else 1
+    inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    kernel, stride, dilation = (draw(st.integers(1, 3)) for _ in range(3))
+    padding = draw(st.integers(0, kernel // 2))
+    if kind == "linear":
+        layer, exact = nn.Linear(inputs, outputs, bias=bias), True
+    elif kind == "conv":
+        layer = (nn.Conv1d, nn.Conv2d)[axes - 1](
+            inputs, outputs, kernel, stride, padding, dilation, groups, bias, padding_mode=mode
+        )
+        exact = mode == "replicate" or padding == 0
+    else:
+        layer = (nn.ConvTranspose1d, nn.ConvTranspose2d)[axes - 1](
+            inputs, outputs, kernel, stride, padding, 0, groups, bias, dilation
+        )
+        exact = kernel == stride == dilation == 1
+    norm = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)[axes]
+    return layer, (norm(inputs, **of_norm), norm(outputs, **of_norm)), random(2, inputs, *(8,) * axes), exact
 
 
 class Merged:
