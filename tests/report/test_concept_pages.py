@@ -268,3 +268,12 @@ def test_samples_of_several_classes_count_once_among_references(tmp_path):
         assert [one.sample for one in found.relevant] == wanted.tolist()
         below = {sample for block in blocks for sample in block.sample[block.value[:, concept] < 0].tolist()}
         assert len({one.sample for one in found.negative}) == len(found.negative) == min(4, len(below))
+
+
+def test_blue_curves_are_explained_where_there_are_any(atlas):
+    pages = [page.read_text() for page in atlas.glob("concept/*/*.html")] + [
+        p.read_text() for p in atlas.glob("sample/*")
+    ]
+    blue = [page for page in pages if 'class="against"/>' in page]
+    assert blue and len(blue) < len(pages)
+    assert [page for page in pages if "Blue: relevance that speaks against the class." in page] == blue

@@ -24,7 +24,7 @@ from crp.concepts import AxisConcept, splice
 from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts, write_report
 from crp.visualization.report.spliced import unexplained_of
-from crp.visualization.report.suspects import FEWEST, find_text_suspects
+from crp.visualization.report.suspects import FEWEST, find_suspects, find_text_suspects
 from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.table.ranking import top_k
 from crp.visualization.text_references import token_ids
@@ -92,6 +92,7 @@ def test_a_concept_on_one_word_of_some_texts_is_the_first_suspect(bag: FeatureVi
     assert first.inside == 1 and first.expected == pytest.approx(1e-3) and 0.4 < first.rows <= 0.5
     # (the score: its share; how sure the word is, of which nothing else of the layer has any; and on how few texts)
     assert first.score == pytest.approx(first.share * np.log(1 / 1e-3) * (1 - first.rows), rel=1e-3)
+    assert find_suspects(bag, targets=[0, 1, 2], n=1) == [first]
     overview = Parsed(bag_atlas / "index.html").text
     assert overview.index("features · 0") < overview.index("Layers")
     assert f"{percent(1)} of it on the word 'h'" in overview

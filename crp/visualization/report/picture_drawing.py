@@ -12,13 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crp.concepts.reading import code_of
 from crp.image.colours import as_picture
 from crp.visualization.report.addresses import HEATMAPS, Addresses
 from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row
 from crp.visualization.report.maps import as_steps, encode_maps, encode_steps, read_facts, square_map
 from crp.visualization.report.picture_rows import SMALL, PictureRows
-from crp.visualization.report.suspects import Suspect, find_suspects
+from crp.visualization.report.suspects import Suspect, _spaces_of, find_suspects
 from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.report.unfinished import Cell, Unfinished
 from crp.visualization.table.store import Table
@@ -171,7 +170,7 @@ class PictureDrawer(Drawer):
 
     def find_suspects(self, table: Table, targets: Sequence[int]) -> list[Suspect]:
         """Concepts whose relevance stays in one place."""
-        return find_suspects(table, self._spaces(int(table.rows().sample[0])), targets)
+        return find_suspects(table, _spaces_of(self.fv, self.layers, int(table.rows().sample[0])), targets)
 
     # --- pictures
 
@@ -191,13 +190,6 @@ class PictureDrawer(Drawer):
         if len(self._data) > _KEPT:
             self._data.popitem(last=False)
         return self._data[sample]
-
-    def _spaces(self, sample: int) -> dict[str, tuple[int, int]]:
-        """Height and width of the positions of concepts, in layers that have them."""
-        data, _ = self.fv.get_data_sample(sample)
-        found = self.fv.attribution(data, [{}], None, record_layer=self.layers, init_rel=1.0).activations
-        shapes = {layer: code_of(self.fv.layer_map[layer], values).shape[2:] for layer, values in found.items()}
-        return {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 2}
 
     def _keep(self, job: HeatmapFile, facts: Mapping[str, Any]) -> None:
         """Remember the picture that a file of heatmaps names: that of its sample, or of a class."""
