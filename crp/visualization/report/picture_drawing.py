@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -225,7 +226,10 @@ def _groups(jobs: Sequence[HeatmapFile]) -> Iterator[list[HeatmapFile]]:
 
     The file of a sample stands with the first of them that show it, so that it shares their pass.
     """
-    of_samples = {job.rows[0].sample: job for job in jobs if job.of_sample}
+    of_samples = defaultdict[int, list[HeatmapFile]](list)
+    for job in jobs:
+        if job.of_sample:
+            of_samples[job.rows[0].sample].append(job)
     group: list[HeatmapFile] = []
     n_rows, samples = 0, set[int]()
     for job in jobs:
@@ -235,10 +239,10 @@ def _groups(jobs: Sequence[HeatmapFile]) -> Iterator[list[HeatmapFile]]:
         n_rows += len(job.places)
         samples |= {job.rows[place].sample for place in job.places}
         if n_rows >= _MOST or n_rows >= _SHARED_BY * len(samples):
-            yield [*group, *(of_samples.pop(sample) for sample in samples & of_samples.keys())]
+            yield [*group, *chain.from_iterable(of_samples.pop(sample) for sample in samples & of_samples.keys())]
             group, n_rows, samples = [], 0, set()
     if group or of_samples:
-        yield [*group, *of_samples.values()]
+        yield [*group, *chain.from_iterable(of_samples.values())]
 
 
 def _share_of(rows: Mapping[int, int], part: int, n_parts: int) -> set[int]:
