@@ -169,6 +169,7 @@ def write_sample(atlas: Atlas, sample: int, target: int) -> None:
         "name": atlas.sample_names[sample],
         "prediction": _prediction(atlas, sample, first),
         "lead": said,
+        "far": drawer.far(sample),
         "others": [
             (atlas.class_name(one), atlas.sample_page(sample, one))
             for one in atlas.explained_for[sample]
