@@ -17,7 +17,9 @@ from crp.commands.loading import _load, _weight_options
 @click.option("--size", type=click.IntRange(min=1), help="Pixels on a side, in place of the weights' own.")
 @click.option("--json", "as_json", is_flag=True, help="For machines: a list of JSON objects.")
 def layers_command(model: str, size: int | None, as_json: bool, **weights: Any) -> None:
-    """List the layers of MODEL: name, type, shape for one picture, and a * where --layers auto takes them.
+    """List the layers of MODEL: name, type, shape for one sample, and a * where --layers auto takes them.
+
+    Of a model that reads texts, the sample has 5 tokens.
 
     crp layers resnet18
     """
@@ -26,7 +28,7 @@ def layers_command(model: str, size: int | None, as_json: bool, **weights: Any) 
     hint = ""
     try:
         loaded = _load(model, None, size=size, **weights)
-        hint = "; --size says how large pictures are" if size is None else ""
+        hint = "; --size says how large pictures are" if size is None and not loaded.reads_tokens else ""
         found = list_layers(loaded.model, loaded.example())
     except (OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise CommandError(f"{error}{hint}") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from crp.commands.errors import LARGEST
+from crp.commands.errors import LARGEST, CommandError
 from crp.commands.values import _split_numbers
 
 if TYPE_CHECKING:
@@ -56,3 +56,15 @@ def _load(named: str, output: str | None, **options: Any) -> Loaded:
 def _has_random_weights(model: str, weights: str | None, checkpoint: Path | None) -> bool:
     """Whether a model of torchvision is as it is before training."""
     return ":" not in model and not (weights or checkpoint)
+
+
+def _find_layers(loaded: Loaded, wanted: Sequence[str]) -> list[str]:
+    """Layers that ``--layers`` names; ``auto`` are those that ``crp layers`` suggests."""
+    from crp.visualization.mining.selection import list_layers, select_layers
+
+    if "auto" not in wanted or any(name == "auto" for name, _ in loaded.model.named_modules()):
+        return select_layers(loaded.model, wanted)
+    suggested = [one.name for one in list_layers(loaded.model, loaded.example()) if one.suggested]
+    if not suggested:
+        raise CommandError("--layers auto finds no feature maps, and no tokens; crp layers MODEL lists all layers")
+    return select_layers(loaded.model, [*suggested, *(name for name in wanted if name != "auto")])

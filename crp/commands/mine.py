@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from crp.commands.errors import CommandError
 from crp.commands.group import _saying_on_interrupt, in_a_line
-from crp.commands.loading import _has_random_weights, _load, _picture_options, _weight_options
+from crp.commands.loading import _find_layers, _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.processes import _client, _device, _part
 from crp.commands.values import _plain, _read_settings, split_names
 from crp.wording import counted, first_few
@@ -153,7 +153,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
     preprocess = labels = outputs = None
     composite = _make_composite(given["rules"], given["settings"])
     if dataset is None:
-        words = {word: _layers(loaded, [word.partition(":")[0]]) for word in given["layers"]}
+        words = {word: _find_layers(loaded, [word.partition(":")[0]]) for word in given["layers"]}
         fields = [field for field in given["fields"].split(",") if field]
         dataset, preprocess = load_source(source, fields, loaded, by_label=targets == "label", decode=given["decode"])
         pictures_given = _takes_pictures(dataset, given)
@@ -163,7 +163,7 @@ def _run(out: Path, part: tuple[int, int] | None, address: str | None, given: di
         labels = getattr(dataset.dataset, "labels", None) if isinstance(source, Path) else None
     else:
         pictures_given = _takes_pictures(dataset, given)
-        concepts = concepts_of_texts(loaded.model, given["layers"])
+        concepts = concepts_of_texts(loaded, given["layers"])
     _check_outside(out, given["data"])
     if outputs is not None:
         _check_outputs(loaded, outputs, targets, labels or {}, source)
@@ -313,18 +313,6 @@ def _check_outputs(
             f"--data {data} has {counted(len(labels), 'class folder')} and the model {counted(n, 'output')}: say by "
             "--classes which they are (a file with the name of each output in a line), or give --targets prediction"
         )
-
-
-def _layers(loaded: Any, wanted: Sequence[str]) -> list[str]:
-    """Layers that ``--layers`` names; ``auto`` are those that ``crp layers`` suggests."""
-    from crp.visualization.mining.selection import list_layers, select_layers
-
-    if "auto" not in wanted or any(name == "auto" for name, _ in loaded.model.named_modules()):
-        return select_layers(loaded.model, wanted)
-    suggested = [one.name for one in list_layers(loaded.model, loaded.example()) if one.suggested]
-    if not suggested:
-        raise CommandError("--layers auto finds no feature maps, and no tokens; crp layers MODEL lists all layers")
-    return select_layers(loaded.model, [*suggested, *(name for name in wanted if name != "auto")])
 
 
 def _make_composite(name: str, settings: Sequence[str]) -> Any:

@@ -12,7 +12,7 @@ from crp.commands.errors import FIGURES, CommandError
 from crp.commands.values import _plain, _values_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from crp.concepts import Concept
     from crp.image.texts import TextHeatmap
@@ -32,21 +32,19 @@ class Asking(NamedTuple):
     scale_without_first: bool = False
 
 
-def concepts_of_texts(model: nn.Module, wanted: Sequence[str]) -> dict[str, Concept]:
+def concepts_of_texts(loaded: Loaded, wanted: Sequence[str]) -> dict[str, Concept]:
     """Concepts of layers of shape (samples, tokens, features), by the words of ``--layers`` (`read_word`).
 
     ``"h.*.mlp.act"`` has a concept for each feature, ``"h.*.attn.c_proj.input:heads=12"`` one for each head.
     """
     from crp.commands.concepts import read_word
+    from crp.commands.loading import _find_layers
     from crp.concepts import AxisConcept
-    from crp.visualization.mining.selection import select_layers
 
     found: dict[str, Concept] = {}
     for word in wanted:
         pattern, concept = read_word(word, any_axis=False)
-        if pattern == "auto":
-            raise CommandError("--layers auto is for pictures; crp layers MODEL lists what a model has")
-        for name in select_layers(model, [pattern]):
+        for name in _find_layers(loaded, [pattern]):
             found[name] = AxisConcept(-1) if concept is None else concept
     return found
 
@@ -80,7 +78,7 @@ def explain_texts(
     if not asking.tokenizer:
         raise CommandError("--text needs the model's --tokenizer: a folder or name, or package.module:factory")
     chosen = find_method(method)
-    through = _set_layer(loaded.model, asking, given, chosen.family)
+    through = _set_layer(loaded, asking, given, chosen.family)
     dataset = Texts(list(texts), load_tokenizer(asking.tokenizer))
     found = [_explain(dataset, number, loaded, chosen.name, asking, given) for number in range(len(texts))]
     through += ", in colours of the tokens behind the first" if asking.scale_without_first else ""
@@ -101,13 +99,13 @@ def explain_texts(
         yield f"wrote {out}"
 
 
-def _set_layer(model: nn.Module, asking: Asking, given: dict[str, Any], family: str) -> str:
+def _set_layer(loaded: Loaded, asking: Asking, given: dict[str, Any], family: str) -> str:
     """Options of a method that say which layer and concepts are meant; and their words."""
     from crp.attributors.flow import through_concepts
 
     if asking.layer is None:
         return ""
-    concepts = concepts_of_texts(model, [asking.layer])
+    concepts = concepts_of_texts(loaded, [asking.layer])
     if len(concepts) != 1:
         raise CommandError(f"--layer {asking.layer} names {len(concepts)} layers; name one")
     (name,) = concepts

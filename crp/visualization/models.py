@@ -121,8 +121,16 @@ class Loaded:
         except ValueError as error:
             raise LoadingError(str(error)) from error
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the model takes numbers of tokens: it looks numbers up, and has no convolution over pictures."""
+        kinds = list(map(type, self.model.modules()))
+        return any(issubclass(kind, nn.Embedding) for kind in kinds) and nn.Conv2d not in kinds
+
     def example(self) -> Tensor:
-        """A grey picture as the model takes it, for asking what shapes its layers give."""
+        """A grey picture or a short text as the model takes it, for asking what shapes its layers give."""
+        if self.reads_tokens:
+            return torch.ones(1, 5, dtype=torch.long)
         side = self.prepared.size or self.prepared.resize or 224
         image = torch.full((1, 1 if self.prepared.mode == "L" else 3, side, side), 0.5)
         return image if self.normalized is None else self.normalized(image)

@@ -74,6 +74,21 @@ def test_texts_are_mined_and_opened_with_the_folder_alone(here: Path) -> None:
     assert isinstance(texts[0], TextHeatmap) and str(texts[0]) in {">abc d", ">ee", ">h fg", ">aa"}
 
 
+@pytest.mark.parametrize("model", ["net", "reader"])
+def test_layers_of_a_model_that_reads_tokens_are_listed_and_chosen(here: Path, model: str) -> None:
+    listed = crp("layers", f"reading:{model}", "--json")
+    assert listed.exit_code == 0, listed.output
+    found = {one["name"]: one for one in json.loads(listed.output)}
+    suggested = [name for name, one in found.items() if one["suggested"]]
+    assert suggested and all(".act" in name or name.endswith("_act_fn") for name in suggested)
+    assert all(found[name]["shape"][0] == 5 for name in suggested)  # (tokens of a short text)
+    position = ["--position", "-1"] if model == "net" else ["--targets", "prediction"]
+    words = ["--data", "reading:words", "--fields", "words,class", "--tokenizer", "reading:letters", *position]
+    result = crp("mine", "--model", f"reading:{model}", *words, "--layers", "auto", "--quiet", "--out", model)
+    assert result.exit_code == 0, result.output
+    assert list(Table.open(model).layers) == suggested
+
+
 def test_ids_and_prose_are_texts_too(here: Path) -> None:
     for number, (words, n) in enumerate(
         [
@@ -100,7 +115,6 @@ def test_ids_and_prose_are_texts_too(here: Path) -> None:
             "*.ln_2:heads=0: behind the colon must be heads=N, such as heads",
         ),
         ([*OF_WORDS, "--layers", "*.ln_2:axis=1"], "*.ln_2:axis=1: behind the colon must be heads=N, such as heads=12"),
-        ([*OF_WORDS, "--layers", "auto"], "--layers auto is for pictures"),
         ([*OF_WORDS, "--fields", "a,b,c"], "--fields names text and label, not 3 fields"),
         ([*OF_WORDS, "--size", "8"], "--size: this dataset gives tensors"),
         (["--data", ".", "--position", "-1"], "and --data is a folder of pictures"),

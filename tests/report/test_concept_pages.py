@@ -174,7 +174,7 @@ def test_the_graph_of_a_sample_tells_shares_of_its_relevance(fv, atlas):
     pages = sorted((atlas / "sample").glob("*.html"))[:4]
     for page in pages:
         sample, target = int(page.stem), int(page.stem) % 3
-        top = concepts_of_samples(Table.open(fv.path), "second", {sample: target}, 4)[sample]
+        top = concepts_of_samples(Table.open(fv.path), "second", {sample: [target]}, 4)[sample, target]
         rows = read_facts(atlas / f"maps/samples/{sample}.{target}.png")["rows"][1:]
         below = [dict(row[1]) for row in rows]
         wanted = {n: sum(s * part.get(n, 0) for (_, s), part in zip(top, below, strict=True)) for n in range(4)}
@@ -268,3 +268,42 @@ def test_samples_of_several_classes_count_once_among_references(tmp_path):
         assert [one.sample for one in found.relevant] == wanted.tolist()
         below = {sample for block in blocks for sample in block.sample[block.value[:, concept] < 0].tolist()}
         assert len({one.sample for one in found.negative}) == len(found.negative) == min(4, len(below))
+
+
+@pytest.mark.parametrize("n_parts", [0, 2], ids=["whole", "in parts"])
+def test_a_reference_of_several_classes_leads_to_the_page_of_its_own(tmp_path, n_parts):
+    fv = make_fv(tmp_path / "mined", Images(12))
+    fv.run(EpsilonPlus(), targets="all", progress=False)
+    for part in range(n_parts):
+        report(fv, tmp_path / "out", part=(part, n_parts))
+    folder = report(fv, tmp_path / "out")
+    several = set()
+    for page in folder.glob("concept/second/*.html"):
+        for kind in ("Most relevant", "Most negative"):
+            shown = page.read_text().partition(f"<h2>{kind}</h2>")[2].partition("<h2>")[0]
+            for address, name in re.findall(r'/sample/([\d.]+)\.html">.*?alt="[^"]*, (\w+), where', shown):
+                sample = (folder / f"sample/{address}.html").read_text()
+                assert f"<h1>Why {name}?" in sample and "its concepts here" in sample
+                lead = sample.partition('class="lead">')[2].partition("</p>")[0]
+                others = dict(re.findall(r'href="[./a-z]*?([\d.]+)\.html">(\w+)</a>', lead))
+                assert name not in others.values()
+                assert all(f"<h1>Why {b}?" in (folder / f"sample/{a}.html").read_text() for a, b in others.items())
+                several |= {address} if others else set()
+        active = re.findall(r"sample (\d+), (\w+), where second \d is active", page.read_text())
+        assert active and all(name == NAMES[int(sample) % 3] for sample, name in active), (
+            "their label, as no class counts"
+        )
+    assert len(several) > 1 and any("." in address for address in several)
+    for target, name in enumerate(NAMES):
+        samples = (folder / f"class/{target}.html").read_text().partition("Samples of this class")[2]
+        for address in re.findall(r"sample/([\d.]+)\.html", samples):
+            assert f"<h1>Why {name}?" in (folder / f"sample/{address}.html").read_text()
+
+
+def test_blue_curves_are_explained_where_there_are_any(atlas):
+    pages = [page.read_text() for page in atlas.glob("concept/*/*.html")] + [
+        p.read_text() for p in atlas.glob("sample/*")
+    ]
+    blue = [page for page in pages if 'class="against"/>' in page]
+    assert blue and len(blue) < len(pages)
+    assert [page for page in pages if "Blue: relevance that speaks against the class." in page] == blue

@@ -124,7 +124,7 @@ def test_samples_of_several_classes_say_for_which_they_are_explained(tmp_path):
         for section in page.split('<section class="way">')[1:]:
             first, *others = [
                 re.search("<h1>Why (.*)[?]", (folder / "sample" / f"{sample}.html").read_text())[1]
-                for sample in re.findall(r"\.\./sample/(\d+)\.html", section)
+                for sample in re.findall(r"\.\./sample/([\d.]+)\.html", section)
             ]
             assert re.findall("explained for ([^<]*)<", section) == [first] * (first != name)
             assert set(others) <= {name}  # (those have no words beside them)

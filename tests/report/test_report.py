@@ -777,6 +777,8 @@ def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
         one for one in of_both if one.layer == "relu"
     }
     assert first in of_both
+    assert find_suspects(fv) == of_both
+    assert f"score={first.score!r}, share=" in repr(find_suspects(fv, n=1)), "numbers are plain"
 
 
 @pytest.mark.promise("Tables", "A report that cannot be written is refused before anything is computed")

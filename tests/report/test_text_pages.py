@@ -24,7 +24,7 @@ from crp.concepts import AxisConcept, splice
 from crp.outputs import Position
 from crp.visualization import FeatureVisualization, Table, Texts, write_report
 from crp.visualization.report.spliced import unexplained_of
-from crp.visualization.report.suspects import FEWEST, find_text_suspects
+from crp.visualization.report.suspects import FEWEST, find_suspects, find_text_suspects
 from crp.visualization.report.text_drawing import TextDrawer
 from crp.visualization.table.ranking import top_k
 from crp.visualization.text_references import token_ids
@@ -92,6 +92,7 @@ def test_a_concept_on_one_word_of_some_texts_is_the_first_suspect(bag: FeatureVi
     assert first.inside == 1 and first.expected == pytest.approx(1e-3) and 0.4 < first.rows <= 0.5
     # (the score: its share; how sure the word is, of which nothing else of the layer has any; and on how few texts)
     assert first.score == pytest.approx(first.share * np.log(1 / 1e-3) * (1 - first.rows), rel=1e-3)
+    assert find_suspects(bag, targets=[0, 1, 2], n=1) == [first]
     overview = Parsed(bag_atlas / "index.html").text
     assert overview.index("features · 0") < overview.index("Layers")
     assert f"{percent(1)} of it on the word 'h'" in overview
@@ -380,3 +381,29 @@ def test_pages_say_what_a_dictionary_of_a_text_model_leaves_out(tmp_path: Path) 
         whole += values.sum((1, 2, 3))
     assert (found.activation, found.relevance) == pytest.approx((missed / whole).tolist(), rel=1e-5)
     assert found.sentence in Parsed(folder / "layer" / f"{names.code}.html").text
+
+
+def test_concepts_show_the_tokens_about_the_strongest_one_of_a_long_text(
+    bag: FeatureVisualization, bag_atlas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crp.visualization.report.text_drawing.FAR", 1)
+    options: dict[str, Any] = {"verbose": False, "n_references": 4, "class_names": ["one", "two", "three"]}
+    atlas = write_report(bag, EpsilonPlus(), tmp_path / "out", **options).parent
+    note, n_long = "Of this long text, at most 1 tokens stand on either side of the strongest one.", 0
+    for page in (atlas / "sample").glob("*.html"):
+        short, full = ((folder / "sample" / page.name).read_text() for folder in (atlas, bag_atlas))
+        (whole, *of_short), (same, *of_full) = (
+            [re.findall("<span[^>]*>(.)</span>", part.partition("</p>")[0]) for part in pair]
+            for pair in (
+                text.partition("<section")[0].split('<p class="text">')[1:2]
+                + "".join(re.findall('<div class="pair">.*?</div>', text, re.DOTALL)).split('<p class="text">')[1:]
+                for text in (short, full)
+            )
+        )
+        assert whole == same and len(of_short) == len(of_full) > 1
+        assert all("".join(one) in "".join(other) for one, other in zip(of_short, of_full, strict=True))
+        assert all(len(one) <= 3 and other == whole for one, other in zip(of_short, of_full, strict=True))
+        assert (note in short) == (len(whole) > 2)
+        n_long += note in short
+    assert n_long
+    assert note.partition(",")[0] not in "".join(p.read_text() for p in (bag_atlas / "sample").glob("*.html"))

@@ -86,6 +86,10 @@ def test_what_is_no_table_is_refused(name):
 def test_suspects_are_asked_by_layer(folder):
     with pytest.raises(TypeError, match="spaces must be given by layer"):
         find_suspects(folder, ["second"], [0])
+    with pytest.raises(
+        TypeError, match=r"with FeatureVisualization.open\(folder\) in place of the table, they are found"
+    ):
+        find_suspects(folder)
     with pytest.raises(ValueError, match="n must be a whole number of at least 1, not 0"):
         find_suspects(folder, {"second": (3, 3)}, [0], 0)
     for space in (3, (3,), "33", (3, 3, 3), (0, 3), (1.5, 3), (True, 3)):

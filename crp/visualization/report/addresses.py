@@ -69,9 +69,9 @@ class Addresses:
         return f"{HEATMAPS}/classes/{target}.png"
 
     @staticmethod
-    def sample(sample: int) -> str:
-        """Page of a sample."""
-        return f"sample/{sample}.html"
+    def sample(sample: int, target: int | None = None) -> str:
+        """Page of a sample; that of a class, where it is explained for several."""
+        return f"sample/{sample}{'' if target is None else f'.{target}'}.html"
 
     @staticmethod
     def sample_maps(sample: int, target: int) -> str:

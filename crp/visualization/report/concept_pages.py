@@ -130,7 +130,7 @@ def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[
 def write_sample(atlas: Atlas, sample: int, target: int) -> None:
     """Render the page of a sample."""
     address, drawer = Addresses.sample_maps(sample, target), atlas.drawer
-    best = {layer: of_samples[sample] for layer, of_samples in atlas.strongest.items()}
+    best = {layer: of_samples[sample, target] for layer, of_samples in atlas.strongest.items()}
     known = drawer.known(address)
     if not known:
         return
@@ -159,14 +159,7 @@ def write_sample(atlas: Atlas, sample: int, target: int) -> None:
         shown = [(atlas.short_label(layer, c), atlas.addresses.concept(layer, c), s, s / most) for c, s in best[layer]]
         lists.append({"name": layer, "href": atlas.addresses.layer(layer), "rows": shown})
     first, label = known[0], atlas.class_name(target)
-    chance = "" if first.before is None else f" ({_score(first, first.before)})"
-    said = f"Explained for {label}{chance}."
-    if first.predicted is not None:
-        true = atlas.labels.get(sample)
-        right = (
-            "" if true is None else ", as labelled" if first.predicted == true else f", not {atlas.class_name(true)}"
-        )
-        said = f"Predicted {atlas.class_name(first.predicted)}{right}; explained for {label}{chance}."
+    said = _explained(atlas, sample, label, first)
     if concepts:
         part = sum(one["share"] for one in concepts)
         said += f" {percent(part)} of the relevance in {top} is that of {counted(len(concepts), 'concept')}."
@@ -176,6 +169,12 @@ def write_sample(atlas: Atlas, sample: int, target: int) -> None:
         "name": atlas.sample_names[sample],
         "prediction": _prediction(atlas, sample, first),
         "lead": said,
+        "far": drawer.far(sample),
+        "others": [
+            (atlas.class_name(one), atlas.sample_page(sample, one))
+            for one in atlas.explained_for[sample]
+            if one != target
+        ],
         "whole": drawer.whole(address, 0, name),
         "concepts": concepts,
         "layers": lists,
@@ -184,7 +183,17 @@ def write_sample(atlas: Atlas, sample: int, target: int) -> None:
         "shares of relevance.",
     }
     title = f"{page['title']} {page['name']} — concept atlas"
-    atlas.renderer.page(Addresses.sample(sample), "sample.html", title, page=page)
+    atlas.renderer.page(atlas.sample_page(sample, target), "sample.html", title, page=page)
+
+
+def _explained(atlas: Atlas, sample: int, label: str, first: Drawn) -> str:
+    """What is predicted of a sample, and the class for which it is explained, in words."""
+    chance = "" if first.before is None else f" ({_score(first, first.before)})"
+    if first.predicted is None:
+        return f"Explained for {label}{chance}."
+    true = atlas.labels.get(sample)
+    right = "" if true is None else ", as labelled" if first.predicted == true else f", not {atlas.class_name(true)}"
+    return f"Predicted {atlas.class_name(first.predicted)}{right}; explained for {label}{chance}."
 
 
 def _prediction(atlas: Atlas, sample: int, first: Drawn) -> list[tuple[str, str, float]]:

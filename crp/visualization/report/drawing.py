@@ -158,6 +158,10 @@ class Drawer(ABC):
         """The same, as it is on the page of its sample: a picture is always shown as a whole."""
         return self.tile(address, place, alt)
 
+    def far(self, sample: int) -> int:
+        """Tokens on either side of the strongest one, where a sample is too long to be shown whole for its concepts."""
+        return 0
+
     @abstractmethod
     def apart(self, address: str, place: int, alt: str) -> AnyShown:
         """What sets a concept apart: where a larger part of its relevance lies than of all relevance, the first row."""

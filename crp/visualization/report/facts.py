@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -180,16 +180,17 @@ def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[
 
 
 def concepts_of_samples(
-    table: Table, layer: str, samples: Mapping[int, int], n: int
-) -> dict[int, list[tuple[int, float]]]:
-    """Of each sample, explained for its class, at most ``n`` concepts with the largest shares, and these."""
-    found: dict[int, list[tuple[int, float]]] = {sample: [] for sample in samples}
+    table: Table, layer: str, samples: Mapping[int, Sequence[int]], n: int
+) -> dict[tuple[int, int], list[tuple[int, float]]]:
+    """Of each sample, explained for each of its classes, at most ``n`` concepts with the largest shares, and these."""
+    found: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    found |= {(sample, target): [] for sample, targets in samples.items() for target in targets}
     for block in table.blocks(layer, "relevance", _main_kind(table), normed=True, samples=list(samples)):
         best = np.argsort(-block.value, axis=1, kind="stable")[:, :n]
         for row, (sample, target) in enumerate(zip(block.sample.tolist(), block.target.tolist(), strict=True)):
-            if samples[sample] == target:
+            if target in samples[sample]:
                 shares = block.value[row, best[row]].tolist()
-                found[sample] = [(c, s) for c, s in zip(best[row].tolist(), shares, strict=True) if s > 0]
+                found[sample, target] = [(c, s) for c, s in zip(best[row].tolist(), shares, strict=True) if s > 0]
     return found
 
 

@@ -254,16 +254,17 @@ def _link(atlas: Atlas, kept: KeptResult, note: str, name: str = "") -> dict[str
 
 def _sample(atlas: Atlas, sample: int, target: int) -> AnyShown | None:
     """Tile of a sample, which says so where it is explained for another class than the one that it is shown for."""
-    explained_for = atlas.sample_rows.get(sample)
-    tile = None if explained_for is None else atlas.whole(sample)
-    if tile is None or explained_for in (None, target):
-        return tile
-    return tile._replace(lines=[*tile.lines, (f"explained for {atlas.class_name(explained_for)}", "")])
+    explained_for = atlas.explained_for.get(sample, ())
+    if target in explained_for or not explained_for:
+        return atlas.whole(sample, target) if explained_for else None
+    tile = atlas.whole(sample, explained_for[0])
+    words = f"explained for {atlas.class_name(explained_for[0])}"
+    return None if tile is None else tile._replace(lines=[*tile.lines, (words, "")])
 
 
 def _samples(atlas: Atlas, samples: Iterable[int], target: int) -> list[AnyShown]:
     """Tiles of the samples that are explained for a class; they stand without words."""
-    tiles = (atlas.whole(one) for one in samples if atlas.sample_rows.get(one) == target)
+    tiles = (atlas.whole(one, target) for one in samples if target in atlas.explained_for.get(one, ()))
     return [tile for tile in tiles if tile is not None]
 
 

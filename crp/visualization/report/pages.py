@@ -45,9 +45,9 @@ class Atlas:
     suspects : list of Suspect
     names, class_names : mapping of int to str
         Of all classes that have a name, and of those with a page.
-    sample_rows : mapping of sample to target
-        Samples that have a page, and for which class it is.
-    strongest : mapping of layer to mapping of sample to list of (concept, share)
+    explained_for : mapping of sample to list of targets
+        Samples that are shown, with a page for each of these classes.
+    strongest : mapping of layer to mapping of (sample, target) to list of (concept, share)
         Concepts with the largest shares in each of them.
     sample_names : mapping of sample to str
     labels : mapping of sample to int
@@ -69,8 +69,8 @@ class Atlas:
     suspects: Sequence[Suspect]
     names: Mapping[int, str]
     class_names: Mapping[int, str]
-    sample_rows: Mapping[int, int]
-    strongest: Mapping[str, Mapping[int, list[tuple[int, float]]]]
+    explained_for: Mapping[int, Sequence[int]]
+    strongest: Mapping[str, Mapping[tuple[int, int], list[tuple[int, float]]]]
     sample_names: Mapping[int, str]
     labels: Mapping[int, int]
     predictions: Mapping[int, tuple[int, float]]
@@ -133,12 +133,16 @@ class Atlas:
         known = self.known(layer, concept)
         if place >= len(known):
             return None
-        lines = [*self.predicted(one.sample, one.target, known[place]), (self.sample_names[one.sample], "")]
         said = zip(("is relevant", "is active", "speaks against it"), self.cells[layer, concept], strict=True)
         what = [words for words, references in said for _ in references][place]
-        alt = f"{self.sample_names[one.sample]}, {self.class_name(one.target)}, where {layer} {concept} {what}"
+        # (a concept is active whatever is explained)
+        target = self.labels.get(one.sample, -1) if what == "is active" else one.target
+        lines = [*self.predicted(one.sample, target, known[place]), (self.sample_names[one.sample], "")]
+        alt = f"{self.sample_names[one.sample]}, {self.class_name(target)}, where {layer} {concept} {what}"
         tile = self.drawer.tile(self.addresses.concept_maps(layer, concept), place, alt, one.position)
-        return tile._replace(href=Addresses.sample(one.sample) if href is None else href, value=value, lines=lines)
+        return tile._replace(
+            href=self.sample_page(one.sample, one.target) if href is None else href, value=value, lines=lines
+        )
 
     def predicted(self, sample: int, target: int, facts: Drawn) -> list[tuple[str, str]]:
         """Lines that tell the label and the prediction, in one where they agree; the class where there is no label."""
@@ -199,7 +203,7 @@ class Atlas:
         for target in self.class_names:
             self._write_class(target)
         self._write_suspects()
-        names = {sample: self.drawer.found_by(sample, self.sample_names[sample]) for sample in self.sample_rows}
+        names = {sample: self.drawer.found_by(sample, self.sample_names[sample]) for sample in self.explained_for}
         write_search(
             self.renderer, self.addresses, self.facts, self.class_names, names, self.options.concept_names,
             self.kept.texts(),
@@ -309,21 +313,24 @@ class Atlas:
 
     def _samples_of(self, target: int) -> list[AnyShown]:
         found = []
-        for sample, of in self.sample_rows.items():
-            if of == target and (one := self.whole(sample)) is not None:
+        for sample, targets in self.explained_for.items():
+            if target in targets and (one := self.whole(sample, target)) is not None:
                 found.append(one)
         return sorted(found, key=lambda one: not any(kind == "bad" for _, kind in one.lines))
 
-    def whole(self, sample: int) -> AnyShown | None:
-        """Tile of a sample with all its relevance."""
-        target = self.sample_rows[sample]
+    def sample_page(self, sample: int, target: int) -> str:
+        """Page of a sample, explained for a class; that for its first one, where there is none for this class."""
+        return Addresses.sample(sample, target if target in self.explained_for[sample][1:] else None)
+
+    def whole(self, sample: int, target: int) -> AnyShown | None:
+        """Tile of a sample with all its relevance for a class."""
         address = Addresses.sample_maps(sample, target)
         known = self.drawer.known(address)
         if not known:
             return None
         lines = [*self.predicted(sample, target, known[0]), (self.sample_names[sample], "")]
         tile = self.drawer.tile(address, 0, f"{self.sample_names[sample]}, {self.class_name(target)}")
-        return tile._replace(href=Addresses.sample(sample), lines=lines)
+        return tile._replace(href=self.sample_page(sample, target), lines=lines)
 
     def _write_suspects(self) -> None:
         shown = []

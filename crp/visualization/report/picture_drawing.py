@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from crp.concepts.reading import code_of
 from crp.image.colours import as_picture
 from crp.visualization.report.addresses import HEATMAPS, Addresses
 from crp.visualization.report.drawing import Drawer, Drawn, HeatmapFile, Row
 from crp.visualization.report.maps import as_steps, encode_maps, encode_steps, read_facts, square_map
 from crp.visualization.report.picture_rows import SMALL, PictureRows
-from crp.visualization.report.suspects import Suspect, find_suspects
+from crp.visualization.report.suspects import Suspect, _spaces_of, find_suspects
 from crp.visualization.report.tiles import WHOLE, Shown
 from crp.visualization.report.unfinished import Cell, Unfinished
 from crp.visualization.table.store import Table
@@ -171,7 +171,7 @@ class PictureDrawer(Drawer):
 
     def find_suspects(self, table: Table, targets: Sequence[int]) -> list[Suspect]:
         """Concepts whose relevance stays in one place."""
-        return find_suspects(table, self._spaces(int(table.rows().sample[0])), targets)
+        return find_suspects(table, _spaces_of(self.fv, self.layers, int(table.rows().sample[0])), targets)
 
     # --- pictures
 
@@ -191,13 +191,6 @@ class PictureDrawer(Drawer):
         if len(self._data) > _KEPT:
             self._data.popitem(last=False)
         return self._data[sample]
-
-    def _spaces(self, sample: int) -> dict[str, tuple[int, int]]:
-        """Height and width of the positions of concepts, in layers that have them."""
-        data, _ = self.fv.get_data_sample(sample)
-        found = self.fv.attribution(data, [{}], None, record_layer=self.layers, init_rel=1.0).activations
-        shapes = {layer: code_of(self.fv.layer_map[layer], values).shape[2:] for layer, values in found.items()}
-        return {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 2}
 
     def _keep(self, job: HeatmapFile, facts: Mapping[str, Any]) -> None:
         """Remember the picture that a file of heatmaps names: that of its sample, or of a class."""
@@ -233,7 +226,10 @@ def _groups(jobs: Sequence[HeatmapFile]) -> Iterator[list[HeatmapFile]]:
 
     The file of a sample stands with the first of them that show it, so that it shares their pass.
     """
-    of_samples = {job.rows[0].sample: job for job in jobs if job.of_sample}
+    of_samples = defaultdict[int, list[HeatmapFile]](list)
+    for job in jobs:
+        if job.of_sample:
+            of_samples[job.rows[0].sample].append(job)
     group: list[HeatmapFile] = []
     n_rows, samples = 0, set[int]()
     for job in jobs:
@@ -243,10 +239,10 @@ def _groups(jobs: Sequence[HeatmapFile]) -> Iterator[list[HeatmapFile]]:
         n_rows += len(job.places)
         samples |= {job.rows[place].sample for place in job.places}
         if n_rows >= _MOST or n_rows >= _SHARED_BY * len(samples):
-            yield [*group, *(of_samples.pop(sample) for sample in samples & of_samples.keys())]
+            yield [*group, *chain.from_iterable(of_samples.pop(sample) for sample in samples & of_samples.keys())]
             group, n_rows, samples = [], 0, set()
     if group or of_samples:
-        yield [*group, *of_samples.values()]
+        yield [*group, *chain.from_iterable(of_samples.values())]
 
 
 def _share_of(rows: Mapping[int, int], part: int, n_parts: int) -> set[int]:

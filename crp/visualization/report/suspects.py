@@ -16,6 +16,7 @@ counts is how much more of it lies on one word, against all others, than of all 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +24,15 @@ from typing import NamedTuple
 import numpy as np
 
 from crp.checks import check_number
+from crp.concepts.reading import code_of
 from crp.errors import InputError, InputTypeError
 from crp.image.texts import readable
+from crp.visualization.feature import FeatureVisualization
 from crp.visualization.report.facts import _main_kind
 from crp.visualization.table.manifest import Array, Block
+from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table
+from crp.visualization.text_references import layers_of_tokens, read_text, token_ids
 from crp.wording import percent
 
 #: Parts of a side of the grid.
@@ -85,17 +90,21 @@ class Suspect(NamedTuple):
 
 
 def find_suspects(
-    table: Table | str | Path, spaces: Mapping[str, Sequence[int]], targets: Sequence[int], n: int = _MOST
+    table: Table | str | Path | FeatureVisualization,
+    spaces: Mapping[str, Sequence[int]] | None = None,
+    targets: Sequence[int] | None = None,
+    n: int = _MOST,
 ) -> list[Suspect]:
     """Concepts that may be shortcuts, most suspicious first.
 
     Parameters
     ----------
-    table : Table, or its folder
-    spaces : mapping of layer to (height, width)
+    table : Table, its folder, or the FeatureVisualization of it
+        The last one needs no ``spaces``, as its model tells them, and may be of texts.
+    spaces : mapping of layer to (height, width), optional
         Of layers that have these axes, as they were when the table was mined.
-    targets : sequence of int
-        Classes.
+    targets : sequence of int, optional
+        Classes; all by default.
     n : int
         How many, at most; none with less than a tenth of the first one's score.
 
@@ -111,10 +120,22 @@ def find_suspects(
     ValueError
         If a layer holds values outside of the space that is given for it.
     """
-    table = Table.open(table)
+    fv, place = (table, table.path) if isinstance(table, FeatureVisualization) else (None, table)
+    table = Table.open(place)
+    targets = list_targets(table).tolist() if targets is None else targets
     check_number("n", n, 1, whole=True)
+    if spaces is None and fv is not None:
+        fv._lookup(next(iter(table.layers)), "relevance", (0, 1))  # (refuses another model or dataset)
+        if fv.texts is not None:
+            asked = read_text(fv.dataset, int(table.rows().sample[0]), fv.device)
+            layers = layers_of_tokens(fv.attribution, asked, list(table.layers))
+            return find_text_suspects(table, sorted(layers), targets, partial(token_ids, fv.dataset), fv.texts.word)[:n]
+        spaces = _spaces_of(fv, list(table.layers), int(table.rows().sample[0]))
     if not isinstance(spaces, Mapping):
-        raise InputTypeError(f"spaces must be given by layer, as in {{'features.3': (14, 14)}}, not {spaces!r}")
+        raise InputTypeError(
+            f"spaces must be given by layer, as in {{'features.3': (14, 14)}}, not {spaces!r}; with "
+            "FeatureVisualization.open(folder) in place of the table, they are found"
+        )
     for layer, space in spaces.items():
         if not isinstance(space, Collection) or len(space) != 2:
             raise InputError(f"the space of layer {layer!r} must be (height, width), not {space!r}")
@@ -131,6 +152,14 @@ def find_suspects(
             for block in islice(table.blocks(layer, "relevance", table.kinds[0]), 1):
                 _check_positions(layer, block, height, width)
     return _first(found, n)
+
+
+def _spaces_of(fv: FeatureVisualization, layers: Sequence[str], sample: int) -> dict[str, tuple[int, int]]:
+    """Height and width of the positions of concepts, in layers that have them."""
+    data, _ = fv.get_data_sample(sample)
+    found = fv.attribution(data, [{}], None, record_layer=layers, init_rel=1.0).activations
+    shapes = {layer: code_of(fv.layer_map[layer], values).shape[2:] for layer, values in found.items()}
+    return {layer: (shape[0], shape[1]) for layer, shape in shapes.items() if len(shape) == 2}
 
 
 def find_text_suspects(
@@ -293,8 +322,9 @@ def _of_layer(
         for concept in np.argsort(-score, kind="stable")[:20].tolist():
             place = int(best[concept])
             if score[concept] > 0:
-                figures = of_concept[concept, place], of_layer[concept, place], cells.name(place), effective[concept]
-                found.append(Suspect(layer, concept, int(known[i]), score[concept], part[concept], *figures))
+                inside, expected = float(of_concept[concept, place]), float(of_layer[concept, place])
+                figures = float(score[concept]), float(part[concept]), inside, expected, cells.name(place)
+                found.append(Suspect(layer, concept, int(known[i]), *figures, float(effective[concept])))
     return found
 
 

@@ -31,8 +31,8 @@ from crp.visualization.text_references import (
 )
 from crp.visualization.without import predict_without
 
-#: Tokens on either side of the strongest one, in a window.
-REACH = 8
+#: Tokens on either side of the strongest one, in a window; and of long texts, where they stand for their concepts.
+REACH, FAR = 8, 100
 #: Letters of a text that it is found by.
 _LETTERS = 60
 #: What files of heatmaps hold; those of another version are drawn again.
@@ -197,17 +197,21 @@ class TextDrawer(Drawer):
         return ShownText(_tokens(window), min(middle, REACH), "", "", [])
 
     def whole(self, address: str, place: int, alt: str) -> ShownText:
-        """All tokens of a text."""
+        """All tokens of a text; through a concept, those about the strongest one."""
         row = self._rows[address][place]
         heat = self._found[row][0]
-        return ShownText(_tokens(self._text(row, heat)), int(np.abs(heat).argmax()), "", "", [])
+        return _about_strongest(self._text(row, heat), heat, len(heat) if row.layer is None else FAR)
+
+    def far(self, sample: int) -> int:
+        """Tokens on either side of the strongest one that stand for a concept in a long text."""
+        return FAR if len(self._words_of(sample).words) > FAR + 1 else 0
 
     def apart(self, address: str, place: int, alt: str) -> ShownText:
         """What sets a concept apart in a text."""
         rows = self._rows[address]
         one, other = (self._found[rows[i]][0] for i in (place, 0))
         heat = one / (np.abs(one).sum() or 1.0) - other / (np.abs(other).sum() or 1.0)
-        return ShownText(_tokens(self._text(rows[place], heat)), int(np.abs(heat).argmax()), "", "", [])
+        return _about_strongest(self._text(rows[place], heat), heat, FAR)
 
     def find_suspects(self, table: Table, targets: Sequence[int]) -> list[Suspect]:
         """Concepts whose relevance stays on one word."""
@@ -278,6 +282,12 @@ def _at(prediction: Any, positions: Sequence[int | None]) -> Any:
     if isinstance(prediction, Tensor) and prediction.dim() == 3 and positions[0] is not None:
         return prediction[list(range(len(prediction))), list(positions)]
     return prediction
+
+
+def _about_strongest(text: TextHeatmap, heat: Array, reach: int) -> ShownText:
+    """The tokens on either side of the one with the most relevance."""
+    middle = int(np.abs(heat).argmax())
+    return ShownText(_tokens(text.window(reach, middle)), min(middle, reach), "", "", [])
 
 
 def _tokens(text: TextHeatmap) -> list[tuple[str, str]]:

@@ -124,7 +124,7 @@ def _write(
     addresses = Addresses(layers)
     suspects = drawer.find_suspects(table, targets) if options.part is None else []
     kept = _maximize(fv, table, facts, shown, options)
-    samples = dict(sorted((kept.samples() | _samples(cells)).items()))
+    samples = _samples(cells, kept.samples())
     strongest = {layer: concepts_of_samples(table, layer, samples, options.n_sample_concepts) for layer in layers}
     _draw(drawer, _wanted(addresses, cells, samples, layers[-1], strongest[layers[-1]]), shown, table, bar)
     if options.part is not None:
@@ -143,7 +143,7 @@ def _write(
         suspects=suspects,
         names=names,
         class_names={target: drawer.class_name(target, names) for target in shown},
-        sample_rows=samples,
+        explained_for=samples,
         strongest=strongest,
         sample_names=file_names,
         labels=labels,
@@ -185,17 +185,17 @@ def _maximize(
 def _wanted(
     addresses: Addresses,
     cells: Mapping[tuple[str, int], References],
-    samples: Mapping[int, int],
+    samples: Mapping[int, Sequence[int]],
     top: str,
-    strongest: Mapping[int, Sequence[tuple[int, float]]],
+    strongest: Mapping[tuple[int, int], Sequence[tuple[int, float]]],
 ) -> dict[str, list[Row]]:
     """Heatmaps that pages show: of the references of concepts, and of samples, with those of the highest layer."""
     wanted = {}
     for (layer, concept), references in cells.items():
         if rows := [Row(sample, target, layer, concept) for sample, target in references.rows()]:
             wanted[addresses.concept_maps(layer, concept)] = rows
-    for sample, target in samples.items():
-        through = [Row(sample, target, top, concept) for concept, _ in strongest[sample]]
+    for sample, target in ((sample, target) for sample, targets in samples.items() for target in targets):
+        through = [Row(sample, target, top, concept) for concept, _ in strongest[sample, target]]
         wanted[Addresses.sample_maps(sample, target)] = [Row(sample, target), *through]
     return wanted
 
@@ -224,8 +224,9 @@ def _render(atlas: Atlas, table: Table, composite: Composite | None, bar: Mappin
     flow = get_flow(atlas)
     for layer, concept in tqdm(atlas.cells, desc="Pages", **bar):
         write_concept(atlas, flow, layer, concept)
-    for sample, target in atlas.sample_rows.items():
-        write_sample(atlas, sample, target)
+    for sample, targets in atlas.explained_for.items():
+        for target in targets:
+            write_sample(atlas, sample, target)
 
 
 def _table_of(fv: object) -> Table:
@@ -291,13 +292,17 @@ def _check_concept(table: Table, layer: str, concept: int, what: str) -> None:
         raise OutOfRangeError(f"{what}; layer {layer!r} has the concepts 0 to {n - 1}")
 
 
-def _samples(cells: Mapping[Any, References]) -> dict[int, int]:
-    """Samples that are references, and the class for which they are (first)."""
-    found: dict[int, int] = {}
+def _samples(cells: Mapping[Any, References], kept: Mapping[int, int]) -> dict[int, list[int]]:
+    """Samples that are shown, each with the classes for which it is; the first has the page of other links."""
+    found: dict[int, list[int]] = {}
     for references in cells.values():
-        for one in references.samples():
-            found.setdefault(one.sample, one.target)
-    return found
+        for one in (*references.relevant, *references.negative):
+            if one.target not in found.setdefault(one.sample, []):
+                found[one.sample].append(one.target)
+    # (what a concept is active for has no class)
+    others = {**kept} | {one.sample: one.target for references in cells.values() for one in references.active}
+    found |= {sample: [target] for sample, target in others.items() if sample not in found}
+    return dict(sorted(found.items()))
 
 
 def _about_samples(
