@@ -171,7 +171,7 @@ def _reader_of(kind: type) -> _Reader | None:
         (np.ndarray, _of_array),
         (_BUFFERS, lambda value: [bytes(value)]),
         (dict, lambda value: [*value, *value.values(), *_attributes(value)]),
-        (_SEVERAL, lambda value: [*value, *_attributes(value)]),
+        (_SEVERAL, lambda value: [*_attributes(value), *get_referents(value)]),  # (whose class may refuse a length)
         (object, _attributes if _names_of(kind) or not kind.__dictoffset__ else _own_attributes),
     ]
     plain: dict[type, _Reader] = {dict: lambda value: [*value, *value.values()], **dict.fromkeys(_SEVERAL, list)}

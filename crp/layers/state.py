@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from gc import get_referents
 from itertools import chain
 from sys import stdlib_module_names
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -162,9 +163,8 @@ class Snapshot:
 
     def _keep_container(self, value: Any, objects: bool) -> None:
         if not isinstance(value, tuple):
-            content: Any = dict(value) if isinstance(value, dict) else list(value)
-            self._undo.append(partial(_put_content_back, value, content))
-        for item in (*value.values(),) if isinstance(value, dict) else (*value,):
+            self._undo.append(partial(_put_content_back, value, dict(value) if isinstance(value, dict) else [*value]))
+        for item in (*value.values(),) if isinstance(value, dict) else get_referents(value):
             self.keep(item, objects)
 
     def _keep_tensor(self, tensor: Tensor) -> None:

@@ -164,11 +164,10 @@ class DotProductAttention(_Attending):
 class MatrixProduct(_Attending):
     r"""A product of matrices or vectors, :math:`y = \sum_j u_j v_j`, of which several depend on the model's input.
 
-    Each operand gets the same part of the relevance, and all together all of it. With ``"constant"``, operands that a
-    softmax has made are held constant, or else those of squashing functions, or exponentials, whose sum may divide the
-    product; so the others take all. Weights that a ReLU or the like has made cannot be told from values, and share.
-    What chooses among experts, or is one over something, is always held constant. What is only added, such as a bias,
-    has the ordinary chain rule.
+    The operands share the relevance equally. With ``"constant"``, those that a softmax has made are held constant, then
+    those of squashing functions, and exponentials, whose sum may divide the product, while others are left, which take
+    all. Weights that a ReLU or the like has made cannot be told from values, and share. What chooses among experts, or
+    is one over something, is always held constant. What is only added, such as a bias, has the ordinary chain rule.
 
     Parameters
     ----------
@@ -229,11 +228,12 @@ _HELD = (Born.DIVISOR, Born.ROUTED, Born.SOFTMAX, Born.SQUASHED, Born.EXPONENTIA
 
 
 def _held_constant(born: Sequence[int], mode: Attention) -> int:
-    """What factors of a product that are held constant have in common (`Born`), from what is known of all factors."""
+    """What makes factors of a product constant (`Born`), from what is known of all factors: at least one is left."""
+    held = 0
     for flags in _HELD if mode == "constant" else _HELD[:2]:
-        if 0 < sum(bool(one & flags) for one in born) < len(born):
-            return flags
-    return 0
+        others = [one & flags for one in born if not one & held]
+        held |= flags if any(others) and not all(others) else 0
+    return held
 
 
 def _check_attention(mode: Attention) -> Attention:

@@ -138,7 +138,7 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
             read[id(tensor)] = {key: source for key, source in below.items() if source.is_there}
             read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _IDENTITY)
         elif not op.depends(tensor) and _broadcasts(tensor, x, name in _SELECTING) and _is_one_number(tensor):
-            numbers[id(tensor)] = tensor.detach().flatten()[0].cpu()
+            numbers[id(tensor)] = tensor.detach().flatten()[:1].cpu().expand_as(_POINTS)  # (``total += x`` writes it)
         else:
             return None
     sources = dict[int, _Source]()

@@ -594,6 +594,37 @@ def test_what_leads_to_a_sparse_tensor_never_holds() -> None:
     assert State(values[1]).holds(values[1])
 
 
+class WithoutLength(tuple):
+    """Entries whose number is another one, as of irreducible representations."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Kinds(nn.Sequential):
+    """Scales by what such a tuple holds, which counts the calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        settings = self.kinds[0]
+        settings["calls"] += 1
+        return super().forward(x) * settings["scale"]
+
+
+def test_what_a_container_without_length_holds_is_compared_and_put_back(vectors: Tensor, mlp: nn.Module) -> None:
+    model = Kinds(mlp).eval()
+    model.kinds = WithoutLength([settings := {"calls": 0, "scale": 1.0}])
+    attribution, composite = CondAttribution(model), composites.get("epsilon")
+    before = attribution(vectors, [{"y": [1]}], composite).heatmap
+    assert settings["calls"] == 1  # (others only looked at the model)
+    state = State(model)
+    assert state.holds(model)
+    settings["scale"] = 2.0
+    assert not state.holds(model)
+    torch.testing.assert_close(attribution(vectors, [{"y": [1]}], composite).heatmap, 2 * before)
+
+
 class Peeking(nn.Linear):
     """Reads memory in a way that nobody can see."""
 

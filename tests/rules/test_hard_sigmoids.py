@@ -187,6 +187,20 @@ def test_numbers_are_read_at_each_call(number):
     torch.testing.assert_close(found, torch.where(function(a) == 0, 0, r * a / (a + 2)), rtol=1e-9, atol=1e-12)
 
 
+def test_a_single_entry_may_be_written_into_a_number():
+    """As where a model adds up a score of a single sample; what is there first is the number that is added."""
+
+    def function(a):
+        total = torch.full_like(a, 3)
+        total += a
+        return F.relu6(total) / 6
+
+    a, r = numbers(1, 1), numbers(1, 1, seed=1)
+    (found,), _ = explain(function, [a], r, lrp("split"))
+    (wanted,), _ = explain(F.hardsigmoid, [a], r, lrp("split"))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+
+
 def test_what_is_overwritten_takes_no_relevance():
     """Then the number is a bias: what it was added to is not there any more."""
 

@@ -175,3 +175,25 @@ def test_methods_without_a_rule_refuse_attention_of_one_operand(position):
     message = "DeepTaylor has no rule for scaled_dot_product_attention"
     with DeepTaylor().context(net), pytest.raises(NotImplementedError, match=message):
         net(leaf)
+
+
+@pytest.mark.parametrize("attention", ["constant", "split"])
+@pytest.mark.parametrize("make", [torch.softmax, lambda q, dim: torch.sigmoid(q)], ids=["softmax", "sigmoid"])
+def test_a_product_of_three_is_that_of_two_with_a_divisor(make, attention):
+    """As linear attention writes it: queries, what keys and values make, and one over what all of it sums up to."""
+    q, k, v = (numbers(2, 4, 3, seed=seed) for seed in range(3))
+
+    def products(q, k, v):
+        q = make(q, dim=-1)
+        return q, torch.einsum("nsd,nse->nde", k, v), 1 / torch.einsum("nsd,nd->ns", q, k.square().sum(1))
+
+    def at_once(q, k, v):
+        return torch.einsum("nsd,nde,ns->nse", *products(q, k, v))
+
+    def one_by_one(q, k, v):
+        q, context, inverse = products(q, k, v)
+        return torch.einsum("nsd,nde->nse", q, context) * inverse[..., None]
+
+    r = numbers(2, 4, 3, seed=3)
+    found, wanted = (explain(function, [q, k, v], r, lrp(attention))[0] for function in (at_once, one_by_one))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
