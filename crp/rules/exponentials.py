@@ -113,10 +113,10 @@ class _OfExponentials:
 
     def again(self, *leaves: Tensor) -> Tensor:
         """The same of other leaves, without rules."""
-        calls, results = self.calls(), dict[_OfExponentials, Tensor]()
-        others = dict(zip((id(leaf) for made in calls for leaf in made.leaves), leaves, strict=True))
-        for made in calls:
-            known = others | {number: results[one] for number, one in made.below.items()}
+        calls, results, others = self.calls(), dict[_OfExponentials, Tensor](), iter(leaves)
+        for made in calls:  # (a tensor may be the exponent, and be weighted, too)
+            known = {id(leaf): next(others) for leaf in made.leaves}
+            known |= {number: results[one] for number, one in made.below.items()}
             args, kwargs = changed((list(made.args), dict(made.kwargs)), partial(_replaced, known))
             results[made] = made.function(*args, **kwargs)
         return results[self]
@@ -233,7 +233,8 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
         if id(args[0]) not in below and op.depends(args[0]):
             return None
         function, args = _on_a_copy(function), [args[0].clone(), *args[1:]] if id(args[0]) not in below else args
-    is_summed = name in _SUMMING or op.known.parse is not None or any(made.is_summed for made in read)
+    is_sum = name in _SUMMING or op.known.parse is not None or op.kind == "pooling"
+    is_summed = is_sum or any(made.is_summed for made in read)
     if not is_summed and name in ("add", "sub") and len(op.inputs) > 1:  # (of one tensor, they may be a tanh)
         exponents = _exponents(read)
         is_whole = all(tensor.numel() == exponent.numel() for tensor in op.inputs for exponent in exponents)

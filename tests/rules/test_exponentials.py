@@ -125,6 +125,27 @@ def test_a_softmax_whose_parts_are_added(softmax, kind):
     assert_same_map(model, plain, DATA, kind())
 
 
+#: Maps of shape (n, 3, 4, 4) that are weighted by themselves, as by SoftPool, and averaged over windows.
+POOLED = {
+    "exponentials": lambda x: (x * x.exp()).sum((2, 3)) / x.exp().sum((2, 3)),
+    "pools": lambda x: F.avg_pool2d(x * x.exp(), 4) / F.avg_pool2d(x.exp(), 4),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x * (x.exp() / F.avg_pool2d(x.exp(), 4)), 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", POOLED)
+def test_a_softmax_of_the_same_tensor_that_it_weights(name, kind):
+    def pooling(function):
+        def wiring(s, x):
+            return s.head(function(s.below(x)).flatten(1))
+
+        return seeded(core_cases.Net(wiring, below=nn.Conv2d(2, 3, 1), head=nn.Linear(3, 3)))
+
+    wanted = pooling(lambda x: (x.flatten(2).softmax(-1) * x.flatten(2)).sum(-1))
+    assert_same_map(pooling(POOLED[name]), wanted, numbers(2, 2, 4, 4, seed=3), kind())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "attend",
