@@ -67,13 +67,8 @@ def _base(
         (Having("identity"), Pass()),
         (Functions(("logaddexp", "logaddexp2")), _Softplus()),
         (Functions(("mul",)), Gate(gates, attention)),
-<<<<<<< HEAD
-        (Having("quotient"), Quotient()),
+        (Having("quotient"), Quotient(gates)),
         (Having("statistics"), Normalization(zero_params)),
-=======
-        (Having.of("quotient"), Quotient(gates)),
-        (Having.of("statistics"), Normalization(zero_params)),
->>>>>>> h-gates
         (Functions(("glu",)), GLU(gates)),
         (Having("choosing"), _Proportional()),
         (Functions(("cdist", "pairwise_distance", "std")), _Proportional()),
