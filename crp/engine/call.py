@@ -39,7 +39,6 @@ from crp.engine.targets import (
 )
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
-from crp.layers import is_layer
 from crp.notices import warn
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFactory, Sinks
 from crp.wording import first_few
@@ -102,7 +101,7 @@ class Call:
         composite = composite_on(model, composite)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise InputTypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
-        if is_layer(model, settings.output_name):
+        if _is_layer(model, settings.output_name):
             raise InputError(
                 f"the model has a layer called {settings.output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
@@ -389,3 +388,11 @@ class Call:
 def _sum_of_rows(values: Tensor) -> Tensor:
     """(rows, ...) to (rows,)."""
     return values.reshape(len(values), -1).sum(1)
+
+
+def _is_layer(model: nn.Module, name: str) -> bool:
+    """Whether a model has a layer of this name."""
+    try:
+        return model.get_submodule(name) is not model
+    except AttributeError:
+        return False

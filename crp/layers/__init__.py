@@ -47,7 +47,7 @@ class Followed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer, and what follows."""
         output = self.layer(*args, **kwargs)
-        check_returned(output, self.layer)
+        _check_returned(output, self.layer)
         return self.after(output, *args)
 
     def __getattr__(self, name: str) -> Any:
@@ -57,7 +57,7 @@ class Followed(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
 
-def check_returned(output: object, layer: nn.Module, name: str = "") -> None:
+def _check_returned(output: object, layer: nn.Module, name: str = "") -> None:
     """Raise a `TypeError` if what a layer returns is no tensor."""
     if not isinstance(output, Tensor):
         named = f" {name!r}" if name else ""
@@ -123,9 +123,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} is a scripted or traced model: its layers cannot carry rules. "
             "Pass the Python model it was made from."
         )
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        if isinstance(model, wrappers):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -225,14 +224,6 @@ def without_parameter_gradients(model: nn.Module, modules: Collection[nn.Module]
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-def is_layer(model: nn.Module, name: str) -> bool:
-    """Whether a model has a layer of this name."""
-    try:
-        return model.get_submodule(name) is not model
-    except AttributeError:
-        return False
 
 
 def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> dict[str, nn.Module]:

@@ -472,4 +472,4 @@ def test_heatmaps_have_the_axes_of_pictures_videos_and_sounds(name, shape, axis)
 
     found = CondAttribution(Named().eval())({name: data}, [{"y": 0}], GradientTimesInput()).heatmap
     wanted = data * weight[:1]
-    close(found, wanted if axis is None else wanted.sum(axis))
+    assert close(found, wanted if axis is None else wanted.sum(axis))
