@@ -110,7 +110,7 @@ def attribute(
     as_json: bool,
     **loading: Any,
 ) -> None:
-    """Explain pictures: input, heatmap, overlay, colours and prediction of each in one file. Or texts, in one page.
+    """Explain pictures or texts. Of each picture, a file shows input, heatmap, overlay, colours and prediction.
 
     crp attribute cat.jpg dog.jpg --model timm:resnet18 --out explained/
 

@@ -32,7 +32,7 @@ def check_command(
     as_json: bool,
     **loading: Any,
 ) -> None:
-    """Check an explanation of one picture by MODEL (a name, or package.module:factory).
+    """Check an explanation of one picture by MODEL. It is a name, or package.module:factory.
 
     Whether the model predicts the same under the composite, relevance adds up layer by layer, values are finite, the
     same call gives the same heatmap, and shuffled weights another one; and which rule reached how many operations. The

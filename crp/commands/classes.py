@@ -59,7 +59,7 @@ def prototypes_command(
     keep: bool,
     as_json: bool,
 ) -> None:
-    """Tell the prototypes of CLASSES (all by default): the ways in which they are predicted.
+    """Tell in which ways CLASSES, all by default, are predicted. These are their prototypes.
 
     Each comes with the sample that shows it and its concepts. They are kept in FOLDER, for crp audit and crp report.
 
@@ -124,7 +124,7 @@ def audit_command(
     keep: bool,
     as_json: bool,
 ) -> None:
-    """Compare samples with the prototypes of their class: which are unusual, and in which concepts.
+    """Compare samples with prototypes of their class. It tells which are unusual, and in which concepts.
 
     crp prototypes comes first. Without --data, the samples of the table are compared, and neither model nor data are
     needed; their audit is kept in FOLDER for crp report. With --data, the model is loaded as for crp mine.
@@ -184,7 +184,7 @@ def clusters_command(
     keep: bool,
     as_json: bool,
 ) -> None:
-    """Cluster the explanations of CLASS (SpRAy): one in several clusters is predicted for several reasons.
+    """Cluster the explanations of CLASS (SpRAy). One in several clusters is predicted for several reasons.
 
     They are kept in FOLDER for crp report.
 

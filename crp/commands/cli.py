@@ -43,7 +43,7 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Discard an earlier demo in the folder.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, quiet: bool) -> None:
-    """Find a planted shortcut in a network; offline, in less than a minute.
+    """Find a planted shortcut in a network. Offline, in less than a minute.
 
     Trains a small network on real handwritten digits of which one class carries a mark, mines what every concept of
     the network was relevant for, and writes OUT/atlas/index.html, which names the concept that lives on the mark. After

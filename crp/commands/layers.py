@@ -17,7 +17,7 @@ from crp.commands.loading import _load, _weight_options
 @click.option("--size", type=click.IntRange(min=1), help="Pixels on a side, in place of the weights' own.")
 @click.option("--json", "as_json", is_flag=True, help="For machines: a list of JSON objects.")
 def layers_command(model: str, size: int | None, as_json: bool, **weights: Any) -> None:
-    """List the layers of MODEL: name, type, shape for one sample, and a * where --layers auto takes them.
+    """List the layers of MODEL. Name, type, shape for one sample, and a * where --layers auto takes it.
 
     Of a model that reads texts, the sample has 5 tokens.
 

@@ -87,7 +87,7 @@ _LIBRARIES = ("timm", "hf", "torchvision")
 def mine_command(
     out: Path, overwrite: bool, quiet: bool, share: str | None, address: str | None, as_json: bool, **given: Any
 ) -> None:
-    """Record how relevant and active every concept is on every sample of a dataset.
+    """Record how relevant and active each concept is in a dataset.
 
         crp mine --model resnet18 --checkpoint mine.pth --data photos/ --layers auto --out atlas/
 

@@ -64,7 +64,7 @@ def report_command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Write pages that show what a table has found, with nothing but its FOLDER.
+    """Write pages that show what a table has found. Nothing but its FOLDER is needed.
 
     An overview, a page for every class, layer, concept and reference sample, suspects, and a search. They open from
     disk. Only what is missing is drawn, so that the same command goes on after an interruption. Model and data are

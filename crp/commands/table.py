@@ -28,7 +28,7 @@ _RATED = 32
 @click.option("--verify", is_flag=True, help="Read every shard, and compare it with the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="For machines: one JSON object.")
 def status(folder: Path, verify: bool, as_json: bool) -> None:
-    """Tell what a table is of, what it holds and misses, and whether it is sound.
+    """Tell what a table holds and misses, and whether it is sound.
 
     The exit status is 0 for a table that is whole and sound, and 1 otherwise.
     """

@@ -106,6 +106,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path):
 
 def test_help_tells_of_the_demo():
     assert "demo" in run("--help").output
+    assert "..." not in run("--help").output.partition("Commands:")[2], "what commands do is said in whole sentences"
     told = run("demo", "--help").output
     for option in ("--out", "--epochs", "--seed", "--batch-size", "--overwrite"):
         assert option in told
