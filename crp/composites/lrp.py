@@ -67,7 +67,7 @@ def _base(
         (Having.of("identity"), Pass()),
         (Functions(("logaddexp", "logaddexp2")), _Softplus()),
         (Functions(("mul",)), Gate(gates, attention)),
-        (Having.of("quotient"), Quotient()),
+        (Having.of("quotient"), Quotient(gates)),
         (Having.of("statistics"), Normalization(zero_params)),
         (Functions(("glu",)), GLU(gates)),
         (Having.of("choosing"), _Proportional()),

@@ -2,7 +2,8 @@
 
 A number that is added before an activation is a bias, and keeps its share. But a function that is symmetric about zero,
 ``f(x) + f(-x) = 2 f(0)``, has none: neither a hard sigmoid such as ``relu6(x + 3) / 6``, nor soft shrinkage such as
-``relu(x - t) - relu(-x - t)``. To tell them apart, what is computed of a tensor is computed of some points, too.
+``relu(x - t) - relu(-x - t)``. Nor has one that is zero at zero, and nothing else next to it, such as ``log(1 + x)`` or
+``relu(x) - relu(x - 6)``. To tell them apart, what is computed of a tensor is computed of some points, too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _CONDITIONS = frozenset(("ge", "gt", "le", "lt"))
 _SELECTING = frozenset("clamp clamp_max clamp_min fmax fmin masked_fill maximum minimum where".split())  # noqa: SIM905
 #: Functions that such a function may begin with: in these, a variable of the model still holds what they read.
 _HELD = _CONDITIONS | {"abs", "neg", "sign"}
-BEGINNING = _SUMS | _HELD | {"clamp", "hardsigmoid", "hardtanh"}
+BEGINNING = _SUMS | _HELD | {"clamp", "hardsigmoid", "hardtanh", "softplus"}
 _AMOUNTS = 10.0 ** torch.linspace(-3, 4, 36, dtype=torch.float64, device="cpu")
 _POINTS = torch.cat([-_AMOUNTS.flip(0), 0 * _AMOUNTS[:1], _AMOUNTS])
 #: How many tensors are remembered that a function may be one of, and how many functions of Python's numbers.
@@ -48,15 +49,15 @@ class _Curve:
 
     def __init__(self, values: Tensor, is_settled: bool = True) -> None:
         self.values, self.is_settled = values, is_settled
-        self._gives: int | None = None
+        self._gives: dict[Callable[[Tensor], Tensor], int] = {}
 
-    def gives(self) -> int:
-        """What is known of its results (`Born`), if it is one activation; 0 if not."""
-        if self._gives is not None:
-            return self._gives
-        found = _given(self.values) if holds(partial(_is_symmetric, self.values)) else 0
+    def gives(self, kind: Callable[[Tensor], Tensor]) -> int:
+        """What is known of its results (`Born`), if it is one activation of this kind; -1 if not."""
+        if kind in self._gives or self.values.dtype == torch.bool:
+            return self._gives.get(kind, -1)
+        found = _given(self.values) if holds(partial(kind, self.values)) else -1
         if self.is_settled and not is_recording():  # (where a GPU records, nothing holds)
-            self._gives = found
+            self._gives[kind] = found
         return found
 
 
@@ -94,7 +95,7 @@ class _Entrywise:
     passing : frozenset of int
         Those of them to which its relevance goes as it is.
     is_shifted : bool
-        Whether a number was added.
+        Whether a number was added, or put in its place.
     activation : _Source or None
         That of which it is one activation, if relevance has to be sent there.
     gives : int
@@ -109,12 +110,15 @@ class _Entrywise:
 
     def find_activation(self) -> None:
         """Find out whether it is one activation."""
-        for key, source in reversed(self.sources.items()):
-            if gives := source.curve.gives():
-                self.gives = gives
-                if self.is_shifted and key not in self.passing and source.is_there:
-                    self.activation, self.passing = source, frozenset((key,))
-                return
+        for kind in (_is_symmetric, _begins_at_zero):
+            for key, source in reversed(self.sources.items()):
+                if (gives := source.curve.gives(kind)) >= 0:
+                    self.gives = gives
+                    if self.is_shifted and key not in self.passing and source.is_there:
+                        self.activation, self.passing = source, frozenset((key,))
+                        keys = list(self.sources)  # (to later ones nothing flows)
+                        self.sources = {other: self.sources[other] for other in keys[: keys.index(key) + 1]}
+                    return
 
 
 def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
@@ -122,7 +126,7 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
     if begins and not _may_begin(op):
         return None
     name, known, x = op.known.canonical, op.known, op.inputs[0]
-    tensors = list(tensors_in((op.args, op.kwargs)))
+    tensors = op.inputs if known.reads_first else list(tensors_in((op.args, op.kwargs)))
     parts = {id(tensor): note.parts for tensor in tensors if (note := notes.of(tensor)) is not None}
     made = {number: one for number, one in parts.items() if isinstance(one, _Entrywise)}
     if known.has("copies"):
@@ -136,7 +140,8 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
             found = partial(_itself, tensor) if name in BEGINNING - _HELD else weakref.ref(tensor)
             below = made[id(tensor)].sources if id(tensor) in made else {}
             read[id(tensor)] = {key: source for key, source in below.items() if source.is_there}
-            read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _IDENTITY)
+            if tensor.requires_grad:
+                read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _IDENTITY)
         elif not op.depends(tensor) and _broadcasts(tensor, x, name in _SELECTING) and _is_one_number(tensor):
             numbers[id(tensor)] = tensor.detach().flatten()[0].cpu()
         else:
@@ -148,12 +153,22 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
         is_copied = any(source.is_copied for source in of_source.values())
         sources[key] = of_source[id(x)]._replace(curve=curve, is_copied=is_copied)
     passing = frozenset(read).union(*(one.passing for one in made.values()))
+    is_shift = name in _SUMS or (known.has("constant") and _puts_a_number(op, numbers))
     # (what a number is added to may be 0, and then hand nothing on)
-    passing = passing if len(read) == 1 and name not in _SUMS else frozenset()
-    result = _Entrywise(sources, passing, name in _SUMS or any(one.is_shifted for one in made.values()))
+    passing = passing if len(read) == 1 and not is_shift else frozenset()
+    result = _Entrywise(sources, passing, is_shift or any(one.is_shifted for one in made.values()))
     if name not in (_HELD | _SUMS if begins else _CONDITIONS):
         result.find_activation()
     return result if sources else None
+
+
+def _of_mask(op: Operation, notes: Notes, result: object) -> _Entrywise | None:
+    """What is remembered of what a call makes of a mask alone, such as ``(x > 0).float()``."""
+    made = _entrywise(op, notes, begins=False) if isinstance(result, Tensor) else None
+    if made is not None and cast(Tensor, result).dtype != torch.bool:  # (numbers, also where it was only cast)
+        for key, one in made.sources.items():
+            made.sources[key] = one._replace(curve=_Curve(one.curve.values.double(), one.curve.is_settled))
+    return made
 
 
 def _broadcasts(tensor: Tensor, x: Tensor, is_choosing: bool) -> bool:
@@ -161,6 +176,14 @@ def _broadcasts(tensor: Tensor, x: Tensor, is_choosing: bool) -> bool:
     if tensor.numel() == 1:
         return tensor.dim() <= x.dim()
     return is_choosing and torch.broadcast_shapes(tensor.shape, x.shape) == x.shape  # type: ignore[no-untyped-call]
+
+
+def _puts_a_number(op: Operation, numbers: Mapping[int, Tensor]) -> bool:
+    """Whether a function that chooses may put a number in the place of an entry: not 0, and finite."""
+    values: list[Any] = [value for value in (*op.args, *op.kwargs.values()) if isinstance(value, int | float)]
+    constants = (tensor for tensor in tensors_in((op.args, op.kwargs)) if not op.depends(tensor))
+    values += [numbers.get(id(tensor), 1) for tensor in constants if tensor.is_floating_point()]
+    return any(value != 0 and math.isfinite(value) for value in values)
 
 
 def _may_begin(op: Operation) -> bool:
@@ -217,15 +240,31 @@ def _moved(op: Operation, made: _Entrywise) -> _Entrywise:
 
 def _is_symmetric(values: Tensor) -> Tensor:
     """Whether a function is symmetric about zero, and not linear."""
-    below, middle, above = values.split_with_sizes([len(_AMOUNTS), 1, len(_AMOUNTS)])
-    below, above = middle - below.flip(0), above - middle
+    below, middle, above = _rises(values)
     rounding, line = 1e-6 * (above.abs() + below.abs() + middle.abs()), above[-1] / _AMOUNTS[-1] * _AMOUNTS
     return ((above - below).abs() <= rounding).all() & ((above - line).abs() > rounding).any()
 
 
+def _begins_at_zero(values: Tensor) -> Tensor:
+    """Whether a function is zero at zero, and not all around it, nor linear."""
+    below, middle, above = _rises(values)
+    next_to_it = torch.maximum(below[0].nan_to_num().abs(), above[0].nan_to_num().abs())
+    is_line = (values - above[-1] / _AMOUNTS[-1] * _POINTS).abs() <= 1e-6 * values.abs()
+    return (middle[0].abs() <= 1e-6 * next_to_it) & (next_to_it > 0) & ~is_line.all()
+
+
+def _rises(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How far a function rises up to zero, what it is there, and how far it rises from there, by the distance."""
+    below, middle, above = values.split_with_sizes([len(_AMOUNTS), 1, len(_AMOUNTS)])
+    return middle - below.flip(0), middle, above - middle
+
+
 def _given(values: Tensor) -> int:
-    """What is known of results, if they are bounded."""
-    if not holds(lambda: (values[0] == values[1]) & (values[-1] == values[-2])):
+    """What is known of results of an activation, if they are bounded; nothing of an even one, such as ``-|x|``."""
+    below, _, above = _rises(values)
+    if holds(lambda: ((above + below).abs() <= 1e-6 * above.abs()).all()):
+        return 0
+    if not holds(lambda: (values[0] == values[1]) & (values[-1] == values[-2]) & _is_symmetric(values)):
         return Born.ACTIVATION
     is_positive = holds(lambda: (values >= 0).all())
     return Born.ACTIVATION | Born.GATING | (Born.SQUASHED if is_positive else Born.BALANCED)

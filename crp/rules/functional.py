@@ -200,12 +200,23 @@ class Quotient(Linearized):
 
     By the ordinary chain rule, the divisor would get minus the relevance of the dividend, and the sum would be zero.
     Exponentials that are divided by their sum are a softmax, which has the ordinary chain rule.
+
+    Parameters
+    ----------
+    mode : "signal" or "split"
+        As in `Gate`, where one over the divisor is a gate: ``s / (1 + exp(-g))`` is ``s * sigmoid(g)``.
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ("mode",)
 
-    def __init__(self) -> None:
+    def __init__(self, mode: Gates = "signal") -> None:
         super().__init__()
+        self.mode = _checked(mode)
 
     def operate(self, layer: Layer) -> Tensor:
         """Return the quotient; with a constant divisor, or rounded, the ordinary chain rule is right."""
@@ -221,8 +232,12 @@ class Quotient(Linearized):
             (divisor,) = inputs
             y = cast(Tensor, layer.value(divisor))
             return [(divisor.expand(y.shape), y / divisor)]
-        dividend, divisor = inputs
-        return [(dividend.expand(layer.output.shape), 1 / divisor)]
+        dividend, divisor = (tensor.expand(layer.output.shape) for tensor in inputs)
+        notes = None if self.attachment is None else self.attachment.notes
+        is_gate = self.mode == "split" and bool(layer.born[1] & Born.GATING)
+        if notes is None or not is_gate or notes.common(inputs) is not None:  # (of one tensor, it is an activation)
+            return [(dividend, 1 / divisor)]
+        return [(dividend, 0.5 / divisor), (divisor, layer.value(dividend, divisor) / (2 * divisor))]
 
 
 class Normalization(Linearized):

@@ -93,12 +93,12 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (
         "activation",
         "identity rescaled elementwise",
-        """acos acosh asin asinh atanh celu clamp clamp_max clamp_min cos cosh elu expm1 gelu hardshrink
+        """acos acosh asin asinh atanh celu clamp clamp_max clamp_min gelu hardshrink
         hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num selu silu sin sinh softshrink tan tanhshrink
         threshold""",
     ),
     ("activation", "balanced identity rescaled elementwise gating", "atan erf softsign tanh"),
-    ("activation", "identity rescaled elementwise gating", "rpow"),
+    ("activation", "identity rescaled elementwise gating", "cos cosh elu expm1 rpow"),
     ("activation", "rescaled elementwise", "frac logaddexp logaddexp2 logit sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),

@@ -8,7 +8,7 @@ threads) makes tensors without a note, and the next operation that reads one is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise, _itself
+from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise, _itself, _of_mask
 from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
 from crp.rules.layer import Layer, _in_words
@@ -121,6 +121,9 @@ class SeeingMode(TorchFunctionMode):
         if not inputs:
             result = func(*args, **kwargs)
             self.note_constant(result, args, kwargs)
+            if self.notes.has_parts and args and self._is_mask_of_data(args[0]):
+                of_mask = _of_mask(Operation(func, args, kwargs, known, [args[0]], 0), self.notes, result)
+                self.notes.remember(result, of_mask)
             return result
         if known.canonical in _DERIVATIVES:
             self._refuse_derivative(known)
@@ -181,8 +184,8 @@ class SeeingMode(TorchFunctionMode):
             passed |= parts.gives
             choice = choice if parts.activation is None else self._of_activation(choice, op)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
-        if below is not None and op.known.canonical in ("mul", "div") and not all(i is op.inputs[0] for i in op.inputs):
-            passed |= Born.ACTIVATION  # (as x * sigmoid(x) is)
+        if below is not None and len(op.inputs) > 1 and _is_written_out(op, map(self.notes.born, op.inputs)):
+            passed |= Born.ACTIVATION
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
             if not op.known.known:
@@ -205,14 +208,19 @@ class SeeingMode(TorchFunctionMode):
         """What is remembered of a call, by what is of its operands."""
         notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
         begins = op.known.canonical in BEGINNING and len(op.inputs) == 1
-        if not (notes or begins):
+        is_masked = not notes and "elementwise" in op.known.properties and any(map(self._is_mask_of_data, op.args))
+        if not (notes or begins or is_masked):
             return None
-        kinds = {type(note.parts) for note in notes}
+        kinds = {type(note.parts) for note in notes} | ({_Entrywise} if is_masked else set())
         parts: Any = _combined(op, self.notes) if _OfExponentials in kinds else None
         begins = begins and _Entrywise not in kinds
         if parts is None and (begins or _Entrywise in kinds):
             return _entrywise(op, self.notes, begins)
         return notes[0].parts if notes and op.known.canonical == "clone" and parts is None else parts
+
+    def _is_mask_of_data(self, value: object) -> bool:
+        """Whether an argument is a constant that was made of what depends on the model's input, such as ``x > 0``."""
+        return isinstance(value, Tensor) and not value.requires_grad and self.notes.of(value) is not None
 
     def _of_activation(self, choice: Choice, op: Operation) -> Choice:
         """Rule of activations where they are the identity, unless another one is meant for the call."""
@@ -357,6 +365,12 @@ def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
         return F.normalize(tensor.expand(sizes), **keywords)
 
     return (direction(left) * direction(right)).sum(dim)
+
+
+def _is_written_out(op: Operation, born: Iterable[int]) -> bool:
+    """Whether several operands that are made of one tensor make an activation of it, as ``x * sigmoid(x)`` is one."""
+    marks = Born.ACTIVATION | (Born.DIVISOR if op.known.canonical == "mul" else 0)
+    return op.known.has("quotient", "choosing", "selection") or any(one & marks for one in born)
 
 
 def _is_mask(index: object) -> bool:

@@ -105,7 +105,7 @@ def _kept_by(op: Operation, kept: int, notes: Notes) -> int:
     elif name in _CUTTING and _bounds(op)[0] >= 0:
         kept |= NONNEGATIVE
     if name in _SUMS and "identity" in op.known.properties:  # a number beside what a gate is made of
-        kept |= flags & Born.GATING | (flags & Born.ACTIVATION | Born.BALANCED if flags & Born.SQUASHED else 0)
+        kept |= flags & (Born.GATING | Born.ACTIVATION) | (Born.BALANCED if flags & Born.SQUASHED else 0)
     is_quotient = (name == "div" and len(inputs) > 1) or bool((kept | op.known.gives) & Born.DIVISOR)
     if is_quotient and flags & Born.GATING:  # as exp(x) / (1 + exp(x)) and 1 / (1 + exp(-x)) are
         kept |= Born.SQUASHED | Born.GATING | Born.ACTIVATION

@@ -143,6 +143,34 @@ def test_a_statistic_that_is_divided_is_a_factor_like_others(name):
     assert off(found, r / 2 + shares * r.sum(-1, keepdim=True) / 2) <= 1e-12
 
 
+ZERO = torch.zeros(1, dtype=torch.float64)
+#: Activations, and how else they are written.
+ACTIVATIONS = {
+    F.relu: {
+        "mask": lambda z: z * (z > 0),
+        "mask_of_numbers": lambda z: z * (z > 0).to(z),
+        "rest_of_a_mask": lambda z: z * (1 - (z <= 0).double()),
+        "two_masks": lambda z: z * ((z > 0) * (z > -1)),
+        "sign": lambda z: z * (1 + z.sign()) / 2,
+        "where": lambda z: torch.where(z > 0, z, ZERO),
+        "masked": lambda z: z.masked_fill(z < 0, 0),
+    },
+    F.leaky_relu: {
+        "maximum": lambda z: torch.maximum(z, 0.01 * z),
+        "two_relus": lambda z: F.relu(z) - 0.01 * F.relu(-z),
+        "clamp": lambda z: z.clamp(min=0) + 0.01 * z.clamp(max=0),
+        "where": lambda z: torch.where(z > 0, z, 0.01 * z),
+    },
+    F.elu: {
+        "where": lambda z: torch.where(z > 0, z, torch.exp(z) - 1),
+        "two_parts": lambda z: F.relu(z) + torch.expm1(z.clamp(max=0)),
+    },
+    F.gelu: {"two_halves": lambda z: z / 2 + z / 2 * torch.erf(z / 2**0.5)},
+    F.silu: {"rest": lambda z: z - z * torch.sigmoid(-z)},
+    F.tanhshrink: {"difference": lambda z: z - z.tanh()},
+    F.softplus: {"log": lambda z: torch.log(1 + z.exp()), "two": lambda z: F.relu(z) + torch.log1p((-z.abs()).exp())},
+    torch.square: {"product_of_copies": lambda z: z * z.clone()},
+}
 #: Products of features h of shape (n, 4, 3) and squeezed z of shape (n, 4); and the same by ``*``.
 WRITTEN_PRODUCTS = {
     "einsum": (lambda h, z: torch.einsum("ncx,nc->ncx", h, z.sigmoid()), lambda h, z: h * z.sigmoid()[..., None]),
@@ -162,10 +190,25 @@ WRITTEN_PRODUCTS = {
         lambda h, z: (0.5 * z * (1 + torch.erf(z / 2**0.5))) * h.mean(2),
         lambda h, z: F.gelu(z) * h.mean(2),
     ),
+    "by_a_divisor": (
+        lambda h, z: h.mean(2) / (1 + torch.exp(-z)),
+        lambda h, z: h.mean(2) * z.sigmoid(),
+    ),
+    "by_an_exponential": (
+        lambda h, z: h.mean(2) / torch.exp(z / 2),
+        lambda h, z: h.mean(2) * torch.exp(-z / 2),
+    ),
     "divided": (
         lambda h, z: z / (1 + torch.exp(-z)) * h.mean(2),
         lambda h, z: F.silu(z) * h.mean(2),
     ),
+}
+
+
+WRITTEN_PRODUCTS |= {
+    f"{plain.__name__}_{name}": tuple(lambda h, z, f=f: h.mean(2) * f(z) for f in (other, plain))
+    for plain, others in ACTIVATIONS.items()
+    for name, other in others.items()
 }
 
 

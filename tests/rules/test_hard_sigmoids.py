@@ -67,6 +67,18 @@ def one_more_softsign(a):
     return 1 + F.softsign(a)
 
 
+def snake(a):
+    return a + a.sin() ** 2
+
+
+def shifted_softplus(a):
+    return F.softplus(a) - math.log(2)
+
+
+def log_of_relu(a):
+    return torch.log1p(F.relu(a))
+
+
 #: By the function of torch, how else it is written.
 SPELLINGS = {
     F.hardsigmoid: {
@@ -99,12 +111,16 @@ SPELLINGS = {
         "one_less_relus": lambda a: 1 - F.relu(1 - F.relu(a / 6 + 0.5)),
         "where": lambda a: torch.where(a <= -3, ZERO, torch.where(a >= 3, ONE, (a + 3) / 6)),
         "masked": lambda a: ((a + 3) / 6).masked_fill(a < -3, 0).masked_fill(a > 3, 1),
+        "of_a_type": lambda a: F.relu6((a + 3).type_as(a)).to(a) / 6,
         "behind_a_number": lambda a: F.relu6((a + 3 - 3) + 3) / 6,
     },
     F.hardtanh: {
         "clamp": lambda a: a.clamp(-1, 1),
         "maximum_and_minimum": lambda a: torch.minimum(torch.maximum(a, -ONE), ONE),
         "distances": lambda a: ((a + 1).abs() - (a - 1).abs()) / 2,
+        "where": lambda a: torch.where(a > 1, 1.0, torch.where(a < -1, -ONE, a)),
+        "masked": lambda a: a.masked_fill(a > 1, 1).masked_fill(a < -1, -1),
+        "sign": lambda a: torch.where(a.abs() > 1, a.sign(), a),
     },
     F.softshrink: {
         "by_sign": lambda a: a.sign() * F.relu(a.abs() - 0.5),
@@ -113,7 +129,14 @@ SPELLINGS = {
         "where": lambda a: torch.where(a > 0.5, a - 0.5, torch.where(a < -0.5, a + 0.5, ZERO)),
         "less_clamp": lambda a: a - a.clamp(-0.5, 0.5),
     },
-    F.relu6: {"minimum": lambda a: torch.minimum(F.relu(a), SIX), "fmin": lambda a: torch.fmin(SIX, F.relu(a))},
+    F.relu6: {
+        "minimum": lambda a: torch.minimum(F.relu(a), SIX),
+        "fmin": lambda a: torch.fmin(SIX, F.relu(a)),
+        "where": lambda a: torch.where(a > 6, 6.0, torch.where(a < 0, ZERO, a)),
+    },
+    shifted_softplus: {"log": lambda a: torch.log(0.5 * a.exp() + 0.5)},
+    log_of_relu: {"log": lambda a: torch.log(1 + F.relu(a))},
+    snake: {"cosine": lambda a: a + (1 - (2 * a).cos()) / 2},
     F.mish: {"by_exp": lambda a: a * ((1 + a.exp()) ** 2 - 1) / ((1 + a.exp()) ** 2 + 1)},
     F.hardswish: {"maximum_and_minimum": lambda a: a * torch.minimum(torch.maximum(a + 3, ZERO), SIX) / 6},
     torch.sigmoid: {"complement_of_by_exp": lambda a: 1 - 1 / (1 + torch.exp(a))},
