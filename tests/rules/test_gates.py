@@ -150,7 +150,6 @@ ACTIVATIONS = {
         "mask": lambda z: z * (z > 0),
         "mask_of_numbers": lambda z: z * (z > 0).to(z),
         "rest_of_a_mask": lambda z: z * (1 - (z <= 0).double()),
-        "of_integers": lambda z: z * (1 - (z <= 0).long()),
         "two_masks": lambda z: z * ((z > 0) * (z > -1)),
         "sign": lambda z: z * (1 + z.sign()) / 2,
         "where": lambda z: torch.where(z > 0, z, ZERO),
