@@ -143,7 +143,7 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
             if tensor.requires_grad:
                 read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _IDENTITY)
         elif not op.depends(tensor) and _broadcasts(tensor, x, name in _SELECTING) and _is_one_number(tensor):
-            numbers[id(tensor)] = tensor.detach().flatten()[:1].cpu().expand_as(_POINTS)  # (``total += x`` writes it)
+            numbers[id(tensor)] = tensor.detach().flatten()[0].cpu()
         else:
             return None
     sources = dict[int, _Source]()
@@ -220,6 +220,8 @@ def _values(op: Operation, known: Mapping[int, Tensor]) -> Tensor:
     function = _on_a_copy(op.function) if op.overwrites and not op.kwargs.get("inplace") else op.function
     with torch.no_grad():  # (a function that works in place may be told so by position)
         args, kwargs = changed((tuple(op.args), kwargs), lambda tensor: known[id(tensor)].clone())
+        if op.overwrites and args:  # (what it writes into may be a number)
+            args = args[0].expand_as(_POINTS).clone(), *args[1:]
         return cast(Tensor, function(*args, **kwargs))
 
 
