@@ -218,8 +218,10 @@ def _values(op: Operation, known: Mapping[int, Tensor]) -> Tensor:
     """What a call makes of other tensors in place of those that it reads."""
     kwargs = {key: value for key, value in op.kwargs.items() if key != "inplace"}
     function = _on_a_copy(op.function) if op.overwrites and not op.kwargs.get("inplace") else op.function
-    with torch.no_grad():  # (a function that works in place may be told so by position, and may write into a number)
-        args, kwargs = changed((tuple(op.args), kwargs), lambda tensor: known[id(tensor)].expand_as(_POINTS).clone())
+    with torch.no_grad():  # (a function that works in place may be told so by position)
+        args, kwargs = changed((tuple(op.args), kwargs), lambda tensor: known[id(tensor)].clone())
+        if op.overwrites and args:  # (what it writes into may be a number)
+            args = args[0].expand_as(_POINTS).clone(), *args[1:]
         return cast(Tensor, function(*args, **kwargs))
 
 
