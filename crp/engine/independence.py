@@ -95,24 +95,34 @@ def check_independent(
     """
     if model in _independent or all(len(samples) < 2 for samples in passes) or is_traced():
         return
-    off = 0.0
-    for number in (4, len(inputs)):  # (a model of one graph, whose nodes are taken for samples, takes no other number)
+    off: float | None = 0.0
+    # (a model of one graph, whose nodes are taken for samples, takes no other number than theirs; where samples are
+    # along another axis, only as many as there are give an output for each)
+    for number in (4, len(inputs)):
         with suppress(Exception):  # (the model is run to be explained, too, and its error is told there)
             off = _mixes(model, inputs, select, number)
-            break
+            if off is not None:
+                break
+    if off is None:
+        _independent.add(model)
     if not off:
         return
     raise InputError(
         f"what {type(model).__name__} puts out for a sample depends on the samples beside it (by {percent(off)} of the "
-        f"largest value){_culprits(model)}; relevance of one would be spread over all. Give one sample at a time, such "
-        "as by batch_size=1; the nodes of a graph are one"
+        f"largest value){_culprits(model)}; relevance of one would be spread over all. Samples are along the first "
+        "axis. Give one at a time, such as by batch_size=1; the nodes of a graph are one"
     )
 
 
-def _mixes(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any], number: int) -> float:
-    """Deviation of what is explained of a sample among so many; 0 where it is rounding, or by random numbers."""
+def _mixes(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any], number: int) -> float | None:
+    """Deviation of what is explained of a sample among so many; 0 where it is rounding, or by random numbers.
+
+    None where nothing that the model returns has a row for each.
+    """
     batches = [_among_others(inputs, factor, number) for factor in (0.0, 3.0)]
     pair = [_run(model, batch, later) for batch, later in zip(batches, (False, True), strict=True)]
+    if not any(tensor.numel() for tensor in _of(pair[0], 1, number)):
+        return None
     tolerance = _tolerance(inputs)
     if _deviation(*(_of(returned, 1, number) for returned in pair)) <= tolerance:
         _independent.add(model)

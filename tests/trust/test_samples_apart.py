@@ -239,6 +239,22 @@ def test_nodes_of_a_graph_that_are_taken_for_samples_are_refused() -> None:
     assert of_node.prediction.shape == (1, 7, 4)
 
 
+class StepsFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.fc = nn.LSTM(8, 6), nn.Linear(6, 3)
+
+    def forward(self, series: Tensor) -> Tensor:
+        return self.fc(self.recurrent(series)[0][-1])
+
+
+@pytest.mark.promise("Input", "Steps are not taken for samples where a model has as many of both")
+@pytest.mark.parametrize("n", [2, 4, 5])
+def test_as_many_steps_as_samples_are_told_apart(n: int) -> None:
+    with pytest.raises(ValueError, match=MIXED + ".* Samples are along the first axis"):
+        CondAttribution(StepsFirst().eval())(torch.randn(n, n, 8), [{"y": 1}] * n, EpsilonPlus())
+
+
 def test_a_sample_of_zeros_tells_too(images: Tensor) -> None:
     with pytest.raises(CRPError, match=MIXED):
         CondAttribution(Net(batch_norm()))(torch.cat([images[:1] * 0, images]), [LINEAR], EpsilonPlus())
