@@ -98,7 +98,9 @@ class AxisConcept(Concept):
         return values.unflatten(1, (self.groups, -1))  # type: ignore[no-untyped-call, no-any-return]
 
     def _from_relevance(self, relevance: Tensor, layer_name: str | None) -> Tensor:
-        return self.arranged(relevance, layer_name)
+        if type(self).relevance is AxisConcept.relevance:
+            return self.arranged(relevance, layer_name)
+        return super()._from_relevance(relevance, layer_name)
 
     def _axis(self, n_axes: int, layer_name: str | None) -> int:
         axis = self.axis + n_axes if self.axis < 0 else self.axis

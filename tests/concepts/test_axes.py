@@ -141,3 +141,17 @@ def test_code_and_relevance_are_arranged(concept):
     result = AttributionResults(relevance, {"a": activation}, {"a": relevance}, relevance)
     assert torch.equal(relevance_in(concept, result, "a"), concept.arranged(relevance))
     check_concept(concept, LayerValues.of(result, "a"), "a")
+
+
+class Backward(AxisConcept):
+    """Counts places from the end."""
+
+    def relevance(self, activation, multiplier):
+        return super().relevance(activation, multiplier).flip(1)
+
+
+def test_relevance_of_a_subclass_is_what_is_summed_and_scored():
+    relevance = torch.randn(2, 5, 3)
+    for own, base in ((Backward(), AxisConcept()), (Backward(-1, groups=3), AxisConcept(-1, groups=3))):
+        assert torch.equal(own.attribute(relevance), base.attribute(relevance).flip(1))
+        assert torch.equal(own.scores(relevance).sum, base.scores(relevance).sum.flip(1))

@@ -57,10 +57,10 @@ BUDGETS = {
     "composites": 4012,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
-    "concepts": 2027,
+    "concepts": 2029,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6349,
+    "engine": 6359,
     "image": 1490,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1517,
