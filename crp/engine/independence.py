@@ -95,7 +95,7 @@ def check_independent(
     """
     if model in _independent or all(len(samples) < 2 for samples in passes) or is_traced():
         return
-    off: float | None = 0.0
+    off: float | None = None
     # (a model of one graph, whose nodes are taken for samples, takes no other number than theirs; where samples are
     # along another axis, only as many as there are give an output for each)
     for number in (4, len(inputs)):
@@ -103,8 +103,6 @@ def check_independent(
             off = _mixes(model, inputs, select, number)
             if off is not None:
                 break
-    if off is None:
-        _independent.add(model)
     if not off:
         return
     raise InputError(
@@ -117,17 +115,19 @@ def check_independent(
 def _mixes(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any], number: int) -> float | None:
     """Deviation of what is explained of a sample among so many; 0 where it is rounding, or by random numbers.
 
-    None where nothing that the model returns has a row for each.
+    None where what is explained has no row for each.
     """
     batches = [_among_others(inputs, factor, number) for factor in (0.0, 3.0)]
     pair = [_run(model, batch, later) for batch, later in zip(batches, (False, True), strict=True)]
-    if not any(tensor.numel() for tensor in _of(pair[0], 1, number)):
-        return None
-    tolerance = _tolerance(inputs)
-    if _deviation(*(_of(returned, 1, number) for returned in pair)) <= tolerance:
+    rows, tolerance = [_of(returned, 1, number) for returned in pair], _tolerance(inputs)
+    is_told = any(tensor.numel() for tensor in rows[0])
+    if (is_told or number == len(inputs)) and _deviation(*rows) <= tolerance:
         _independent.add(model)
         return 0.0
-    off = _deviation(*(_of(select(returned), 1, number) for returned in pair))
+    rows = [_of(select(returned), 1, number) for returned in pair]
+    if not any(tensor.numel() for tensor in rows[0]):
+        return None
+    off = _deviation(*rows)
     if off > tolerance and _is_another(model, batches[0]):
         _independent.add(model)
         _tell_another(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -240,19 +241,22 @@ def test_nodes_of_a_graph_that_are_taken_for_samples_are_refused() -> None:
 
 
 class StepsFirst(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, gives_all: bool) -> None:
         super().__init__()
-        self.recurrent, self.fc = nn.LSTM(8, 6), nn.Linear(6, 3)
+        self.gives_all, self.recurrent, self.fc = gives_all, nn.LSTM(8, 6), nn.Linear(6, 3)
 
-    def forward(self, series: Tensor) -> Tensor:
-        return self.fc(self.recurrent(series)[0][-1])
+    def forward(self, series: Tensor) -> Any:
+        steps = self.recurrent(series)[0]
+        return (self.fc(steps[-1]), steps) if self.gives_all else self.fc(steps[-1])
 
 
 @pytest.mark.promise("Input", "Steps are not taken for samples where a model has as many of both")
+@pytest.mark.parametrize("gives_all", [False, True])
 @pytest.mark.parametrize("n", [2, 4, 5])
-def test_as_many_steps_as_samples_are_told_apart(n: int) -> None:
+def test_as_many_steps_as_samples_are_told_apart(n: int, gives_all: bool) -> None:
+    attribution = CondAttribution(StepsFirst(gives_all).eval(), output=itemgetter(0) if gives_all else None)
     with pytest.raises(ValueError, match=MIXED + ".* Samples are along the first axis"):
-        CondAttribution(StepsFirst().eval())(torch.randn(n, n, 8), [{"y": 1}] * n, EpsilonPlus())
+        attribution(torch.randn(n, n, 8), [{"y": 1}] * n, EpsilonPlus())
 
 
 def test_a_sample_of_zeros_tells_too(images: Tensor) -> None:
