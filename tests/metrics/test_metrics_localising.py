@@ -105,3 +105,9 @@ def test_heatmaps_of_an_attribution_go_in_as_they_are():
     mask[:16] = True
     positive = heatmap.clamp(min=0)
     torch.testing.assert_close(relevance_mass(heatmap, mask), positive[:, :16].sum((1, 2)) / positive.sum((1, 2)))
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_largest_numbers_are_summed_without_overflow(name):
+    heat, mask = torch.tensor([[1.0, 0.5, 0.25, 0.75]]), torch.tensor([True, False, True, False])
+    assert torch.allclose(METRICS[name](heat * 3e38, mask), METRICS[name](heat, mask))
