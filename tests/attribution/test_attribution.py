@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from attribution_cases import close, every_composite, every_kind, net, parallel, plain_sums, rows, same, stack
@@ -300,3 +302,14 @@ def test_flow_by_hand(request, images, composite, exclude_parallel, model, condi
         for name, relevance in arrived.items():
             assert close(found.relevances[name][[row]], relevance)
         assert heatmap.any()
+
+
+@every_kind
+@parallel
+def test_permuted_conditions_give_permuted_rows(resnet, images, composite, exclude_parallel):
+    attribution = CondAttribution(resnet)
+    found = attribution(images[:1], MIXED, composite, RECORD, exclude_parallel=exclude_parallel)
+    for order in itertools.islice(itertools.permutations(range(len(MIXED))), 7, 120, 31):
+        shuffled = [MIXED[i] for i in order]
+        again = attribution(images[:1], shuffled, composite, RECORD, exclude_parallel=exclude_parallel)
+        assert same(again, rows(found, list(order)))

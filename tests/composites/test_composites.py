@@ -344,3 +344,13 @@ def test_contexts_end_with_an_error_as_well(context, mlp, vectors):
             raise ZeroDivisionError
         assert torch.equal(found(), wanted)
         assert not getattr(kept, "sinks", kept), "nothing is listed any more"
+
+
+def test_zennit_canonizers_are_accepted(vgg_bn, images, untouched):
+    for module in vgg_bn.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0  # zennit's merge leaves it in
+    with untouched(vgg_bn):
+        theirs = relevance(vgg_bn, images, 1, EpsilonPlus([SequentialMergeBatchNorm()], stabilizer=1e-15))
+    ours = relevance(vgg_bn, images, 1, EpsilonPlus(stabilizer=1e-15))
+    torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-12)

@@ -13,7 +13,7 @@ from torch import nn
 
 from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
-from crp.concepts import AxisConcept, ChannelConcept, Concept, as_ids
+from crp.concepts import AxisConcept, ChannelConcept, Concept, as_ids, normalize
 from crp.engine.masks import apply_masks
 
 CHANNEL = ChannelConcept()
@@ -377,3 +377,10 @@ def test_no_samples_have_no_ranking(shape, target):
     for found in ChannelConcept().reference_sampling(torch.zeros(shape), max_target=target):
         assert found.shape == (0, 3)
     assert ChannelConcept().attribute(torch.zeros(shape)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_no_relevance_has_no_shares(dtype: torch.dtype) -> None:
+    zeros = torch.zeros(2, 3, dtype=dtype)
+    for shares in (normalize(zeros), CHANNEL.attribute(zeros)):
+        assert torch.equal(shares, torch.zeros_like(shares))
