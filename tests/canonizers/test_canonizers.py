@@ -1,5 +1,6 @@
 """Batch norm is merged exactly, in the order of execution, and undone bit for bit."""
 
+import contextlib
 import gc
 import weakref
 
@@ -96,6 +97,36 @@ def test_batch_norm_in_training_mode_is_left_alone():
     # (a forward pass then updates running statistics, whoever makes it)
     with Merged(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).train(), torch.randn(4, 5)) as merged:
         assert "training mode" in merged.canonizer.left["1"]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "reason"),
+    [
+        (nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).eval(), (2, 5, 5), "another axis"),
+        (nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, track_running_stats=False)).eval(), (4, 5), "no running"),
+        (nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).train(), (4, 5), "training mode"),
+    ],
+    ids=["tokens", "no_statistics", "training"],
+)
+def test_batch_norm_that_is_not_a_fixed_affine_map_is_left_alone(model, shape, reason, untouched):
+    # (a forward pass in training mode updates running statistics, whoever makes it)
+    guard = untouched(model) if not model.training else contextlib.nullcontext()
+    with guard, Merged(model, torch.randn(shape)) as merged:
+        assert reason in merged.canonizer.left["1"]
+
+
+def test_merged_weights_are_those_of_today():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), randomize(nn.BatchNorm2d(4))).double().eval()
+    data = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    with Merged(model, data):
+        first = model[0].weight
+    with Merged(model, data):
+        assert model[0].weight is first  # computed once
+    with torch.no_grad():
+        model[1].running_var.mul_(2)
+    with Merged(model, data) as merged:
+        assert model[0].weight is not first
+    torch.testing.assert_close(merged.output, model(data), rtol=1e-12, atol=1e-13)
 
 
 def test_a_training_step_is_noticed():

@@ -174,11 +174,31 @@ def conv(size=3):
     return nn.Conv2d(4, 4, size)
 
 
-def test_layers_that_share_a_weight_are_left(data, untouched):
-    net = ready(Uses("a m b n", a=conv(), b=conv(), m=nn.BatchNorm2d(4), n=nn.BatchNorm2d(4)))
-    net.b.weight = net.a.weight
+def tied(model):
+    model.b.weight = model.a.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "left"),
+    [
+        (
+            lambda: Uses("a m a n", a=conv(), m=nn.BatchNorm2d(4), n=nn.BatchNorm2d(4)),
+            {"m": "'a', which is called 2 times", "n": "'a', which is called 2 times"},
+        ),
+        (lambda: Uses("a n b n", a=conv(), b=conv(), n=nn.BatchNorm2d(4)), {"n": "called 2 times"}),
+        (
+            lambda: tied(Uses("a m b n", a=conv(), b=conv(), m=nn.BatchNorm2d(4), n=nn.BatchNorm2d(4))),
+            {"m": "weight of 'a' is also read by 'b'", "n": "weight of 'b' is also read by 'a'"},
+        ),
+        (lambda: Uses("a", a=conv(), n=nn.BatchNorm2d(4)), {"n": "not called"}),
+    ],
+    ids=["conv_twice", "norm_twice", "tied", "not_called"],
+)
+def test_modules_that_are_shared_are_left(model, left, data, untouched):
+    net = ready(model())
     with untouched(net):
-        check(net, data, {}, {"m": "weight of 'a' is also read by 'b'", "n": "weight of 'b' is also read by 'a'"})
+        check(net, data, {}, left)
 
 
 COMPUTED = r"not merged into '0', whose weight or bias is computed .*prune\.remove"

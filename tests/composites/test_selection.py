@@ -432,3 +432,10 @@ def test_weights_that_are_computed_apart_are_layers_of_their_own():
     assert len({*found}) == 50
     kept = torch.ones(3)
     assert origins.of(kept) == origins.of(kept) not in found
+
+
+def test_report_says_which_entry_an_operation_matched():
+    composite = LRP(layer_map=[("features.*", None), (nn.Linear, ZPlus())])
+    reasons = {row.layer: row.why for row in composite.report(stack(), images()).operations}
+    assert reasons["features.0"] == reasons["features.1"] == "('features.*', None)"
+    assert reasons["fc"].startswith("(Linear, ZPlus(") and reasons["flat"] == "the ordinary chain rule is the method"
