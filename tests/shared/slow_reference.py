@@ -382,6 +382,8 @@ class SlowReference:
         return tuple(torch.broadcast_shapes(self._shape(i), self._shape(j)))
 
     def _glu(self, k: int, m: Tensor, a: Tensor) -> list[Tensor]:
+        if self.program.steps[k].spelling == "written" and self.squashed[self.program.steps[k].reads[0]] is not False:
+            raise Doubtful("which of two gates is the signal")
         signal, below = a.chunk(2, 1)
         gate, m = below.sigmoid(), m.reshape(signal.shape)
         if self.method.gates == "signal":
