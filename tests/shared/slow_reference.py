@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from grammar_affine import conv_padded, conv_valid, linear, transposed
+from grammar_attention import in_heads, joined, logits
 from model_grammar import Program, activated, dividing, gating, merged, origins, squashed
 from slow_rules import Doubtful, Refused, Rule, at_input, divided, hidden, shared
 from torch import Tensor
@@ -109,7 +110,7 @@ class SlowReference:
         for k, step in enumerate(program.steps):
             if step.operation.rule == "refused" and k + 1 in read:  # (what nothing reads explains nothing)
                 raise Refused(step.name)
-            if step.operation.rule == "weighted" and not self._has_rule(k):
+            if step.operation.rule in ("weighted", "attention") and not self._has_rule(k):
                 raise Refused(step.name)
             self.values.append(program.plain(k, *(self.values[i] for i in step.reads)))
         self._look_at_input(unreached)
@@ -226,6 +227,8 @@ class SlowReference:
     def _linear(self, k: int, m: Tensor, *inputs: Tensor) -> list[Tensor]:
         """Jᵀ m; constants keep their share, but for numbers that are added to what a gate is made of."""
         if self.program.steps[k].name in ("shift", "complement"):
+            if any(map(self._is_inverse, self.origins[self.program.steps[k].reads[0]])):
+                raise Doubtful("1 - 1 / (1 + a) is a / (1 + a), where 1 has no share")
             is_part = self.gating[self.program.steps[k].reads[0]]
             if is_part is None:
                 raise Doubtful("a constant, or part of a gate")
@@ -249,10 +252,16 @@ class SlowReference:
 
     def _pass(self, k: int, m: Tensor, a: Tensor) -> list[Tensor]:
         """R as it is: J = diag(y / a), which for ReLU and the like is the derivative."""
+        below = self.origins[self.program.steps[k].reads[0]]
+        if self.program.steps[k].name == "reciprocal" and any(self._is_inverse(i) for i in below):
+            raise Doubtful("1 / (1 / a + c) is a / (1 + c a), where c has no share")
         y, a = self.values[k + 1].flatten(1), a.flatten(1)
         return [divided(m * y, a)]
 
     _squash = _pass
+
+    def _is_inverse(self, i: int) -> bool:
+        return i > 0 and self.program.steps[i - 1].name in ("reciprocal", "quotient")
 
     def _batch_norm_map(self, k: int) -> tuple[Tensor, Tensor]:
         """Scale and shift of one sample."""
@@ -305,7 +314,7 @@ class SlowReference:
         if name != "rms_norm":
             parts = scaled.reshape(grouped.shape)
             sent = (parts - parts.mean(-1, keepdim=True)).reshape(a.shape)
-        if self.method.zero_bias and step.spelling != "written":
+        if self.method.zero_bias and step.spelling in ("plain", "module"):
             # (the share of the bias goes to the input at the same place)
             bias = weights.get("bias", torch.zeros(1, dtype=torch.float64)).reshape(shape)
             sent = sent + torch.where(a == 0, 0.0, m.reshape(a.shape) * bias / torch.where(a == 0, 1.0, a))
@@ -341,7 +350,8 @@ class SlowReference:
         return None
 
     def _has_rule(self, k: int) -> bool:
-        return self.method.attention is not None or self._has_weights(k)
+        is_attention = self.program.steps[k].name == "attention"
+        return self.method.attention is not None or (not is_attention and self._has_weights(k))
 
     def _weighted(self, k: int, m: Tensor, a: Tensor, b: Tensor) -> list[Tensor | None]:
         """The values take all and the weights nothing, or each half."""
@@ -353,6 +363,17 @@ class SlowReference:
         to_a = half * m @ b.flatten(2) if held != 0 else None
         to_b = half * m.mT @ a.flatten(2) if held != 1 else None
         return [to_a, to_b]
+
+    def _attention(self, number: int, m: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor | None]:
+        """The values take all; or each product hands half to both, and the softmax passes on by its Jacobian."""
+        s = self.program.steps[number].settings
+        m, q, k, v = (in_heads(s, tokens.reshape(v.shape)) for tokens in (m, q, k, v))
+        weights = logits(s, q, k).softmax(-1)
+        if self.method.attention == "constant":
+            return [None, None, joined(weights.mT @ m)]
+        of_weights = m @ v.mT / 2
+        of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * s["scale"] / 2
+        return [joined(of_logits @ k), joined(of_logits.mT @ q), joined(weights.mT @ m / 2)]
 
     def _is_held(self, i: int, j: int) -> bool:
         """Whether value i is held constant in a product with value j.
