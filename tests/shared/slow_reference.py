@@ -199,6 +199,8 @@ class SlowReference:
             raise Doubtful("relative to what")
         padding, w, reach, b = self._matrices(k)
         a = x.flatten(1) @ padding.T
+        if ((a != 0) & (a.abs() < 1e-12)).any():
+            raise Doubtful("an input that is 0 but for rounding")
         if first is None or not self.raw[i]:
             return [hidden(rule, a, w, b, m, zero_bias, self.zeros) @ padding]
         r = m * (a @ w.T + b)
