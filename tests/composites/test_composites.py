@@ -108,7 +108,7 @@ def test_tensor_bounds_survive_the_description(vgg_bn, images):
 
 
 def test_description_refuses_what_cannot_be_sent():
-    with pytest.raises(TypeError, match="keyword 'canonizers' of the composite holds a SequentialMergeBatchNorm"):
+    with pytest.raises(TypeError, match="keyword 'canonizers' of the composite is of SequentialMergeBatchNorm"):
         EpsilonPlus([SequentialMergeBatchNorm()]).describe()
     with pytest.raises(TypeError, match="Composite is not in the registry"):
         Composite().describe()
