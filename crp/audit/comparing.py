@@ -185,7 +185,8 @@ def _samples(tables: _Tables) -> list[SampleColumns]:
         # (a file is the same at another size; without files, the content decides)
         is_file = one.source[i] and one.source[i] == other.source[i] and one.stamp[i] == other.stamp[i] != 0
         if one.label[i] != other.label[i] or not (is_file or one.content[i] == other.content[i]):
-            raise _unlike(tables, f"sample {number}", f"{one.source[i]!r} and {other.source[i]!r}")
+            told = (f"{side.source[i] or 'its content'}, label {side.label[i]!r:.60}" for side in (one, other))
+            raise _unlike(tables, f"sample {number}", " and ".join(told))
     return chosen
 
 
