@@ -25,7 +25,7 @@ from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
-from crp.rules.operands import Operands, _steps, in_parts
+from crp.rules.operands import Operands, _in_parts, _steps
 from crp.rules.operation import RESULTS, Operation
 from crp.rules.packed import _has_derivative
 from crp.rules.passing import _copied, _passed
@@ -253,7 +253,7 @@ class SeeingMode(TorchFunctionMode):
         """An operation as a rule sees it."""
         inputs, operands = tuple(op.inputs), op.operands
         if operands is not None and operands.a.is_complex() and op.known.canonical != "vdot":  # (which is not linear)
-            operands = in_parts(operands)
+            operands = _in_parts(operands)
         layer = Layer(op.function, op.args, op.kwargs, inputs, op.known, operands, self.place(), locate=self.innermost)
         for tensor in inputs:
             if tensor.layout in _SPARSE:

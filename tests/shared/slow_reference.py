@@ -228,7 +228,8 @@ class SlowReference:
 
     def _linear(self, k: int, m: Tensor, *inputs: Tensor) -> list[Tensor]:
         """Jᵀ m; constants keep their share, but for numbers that are added to what a gate is made of."""
-        if self.program.steps[k].name in ("shift", "complement"):
+        is_number = self.program.steps[k].name == "add_bias" and inputs[0].shape[1] == 1
+        if self.program.steps[k].name in ("shift", "complement") or is_number:
             if any(map(self._is_inverse, self.origins[self.program.steps[k].reads[0]])):
                 raise Doubtful("1 - 1 / (1 + a) is a / (1 + a), where 1 has no share")
             is_part = self.gating[self.program.steps[k].reads[0]]
