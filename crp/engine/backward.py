@@ -324,14 +324,14 @@ def _names_by_output(passed: ForwardPass) -> dict[int, list[str]]:
 
 def _keeping_first(
     names: Sequence[str], masks: list[MaskFn], arrived: dict[str, Tensor | None]
-) -> Callable[[Tensor], Tensor | None]:
+) -> Callable[[Tensor | None], Tensor | None]:
     """Tensor hook that keeps the gradient and masks it, once.
 
     A tensor that is first an input and then a root of a backward pass sees its gradient twice.
     """
 
-    def hook(gradient: Tensor) -> Tensor | None:
-        if names[0] in arrived:
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or names[0] in arrived:  # (none comes to what is held constant)
             return None
         arrived.update(dict.fromkeys(names, gradient))
         return apply_masks(masks, gradient) if masks else None

@@ -71,7 +71,7 @@ def _check_channels(model: nn.Module, layer: str, output: Tensor) -> None:
     shapes = [p.shape for module in modules for p in module._parameters.values() if p is not None and p.dim()]
     vectors = {shape[0] for shape in shapes if len(shape) == 1}
     # (what is learned for each position is of shape (1, positions, channels))
-    sides = {side for shape in shapes if shape[0] != 1 for side in shape[:2]}
+    sides = {side for shape in shapes if shape[0] != 1 or len(shape) > 3 for side in shape[:2]}
     if output.dim() > 2 and output.shape[-1] in vectors and output.shape[1] not in sides:
         raise InputError(
             f"layer {layer!r} puts out {(1, *output.shape[1:])}, whose channels come last, and ChannelConcept masks "

@@ -287,7 +287,11 @@ def _with_usual_gradient(module: nn.Module, args: Any, output: Any) -> None:
     if not isinstance(output, Tensor) or output.device.type != "cpu" or not output.requires_grad:
         return
     if output.dim() > 3 and len(output) == 1 and output.is_contiguous():
-        output.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
+        output.register_hook(_in_usual_layout)  # type: ignore[no-untyped-call]
+
+
+def _in_usual_layout(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.contiguous()  # (none comes to what is held constant)
 
 
 def tracing() -> bool:
