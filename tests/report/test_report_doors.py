@@ -49,6 +49,9 @@ def fv(tmp_path_factory):
         ({"part": "a"}, r"part must be \(i, n\) with i from 0 to n - 1, not 'a'"),
         ({"part": (0,)}, r"part must be \(i, n\)"),
         ({"part": (0.0, 2)}, r"part must be \(i, n\)"),
+        ({"part": (2, 2)}, r"part must be \(i, n\) with i from 0 to n - 1, not \(2, 2\)"),
+        ({"part": (-1, 2)}, r"part must be \(i, n\)"),
+        ({"part": (False, 2)}, r"part must be \(i, n\)"),
         ({"absent": 1}, "a report has no option 'absent'; there are class_names, concept_names"),
     ],
 )
