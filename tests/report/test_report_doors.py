@@ -41,6 +41,7 @@ def fv(tmp_path_factory):
         ({"findings": ["x"]}, "findings must be of Finding, not 'x'"),
         ({"findings": "x"}, "findings must be a list, not 'x'"),
         ({"concept_names": {"a": "b"}}, r"concept_names must map \(layer, concept\) to a name"),
+        ({"concept_names": {(0, "second"): "b"}}, r"concept_names must map \(layer, concept\) to a name"),
         ({"concept_names": {("absent", 0): "a"}}, "'absent'"),
         ({"concept_names": {("second", -1): "a"}}, "concept_names has .* -1.; layer 'second' has the concepts 0 to"),
         ({"findings": [Finding("A", concept=(0, "second", -1))]}, "a finding is about .* -1.; layer 'second' has the"),
