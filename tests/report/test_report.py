@@ -459,7 +459,12 @@ def test_another_model_is_refused(fv, tmp_path):
         report(other, tmp_path / "out")
 
 
-def test_pictures_of_several_sizes_are_drawn(tmp_path):
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_pictures_of_several_sizes_are_drawn(tmp_path, monkeypatch, large):
+    if large:  # (whose rows are with those of other samples, where a sample has few)
+        monkeypatch.setattr(picture_rows, "SMALL", 1)
+        monkeypatch.setattr(picture_rows, "_SHARING", 1000)
+
     class Uneven(Images):
         def __getitem__(self, index):
             data, label = super().__getitem__(index)
