@@ -173,10 +173,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             if recorded.multipliers is not None:
                 return returned.output, (recorded.multipliers[layer],)
             found, values = (recorded.relevances[layer],), (recorded.activations[layer],)
-        encoding = Encoding.of(self._composite())
-        if not encoding.multiplier or encoding.as_multiplier:
-            return returned.output, found
-        return returned.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in zip(found, values, strict=True))
+        write = Encoding.of(self._composite()).write
+        return returned.output, tuple(write(r, x.to(r)) for r, x in zip(found, values, strict=True))
 
     def layer_output(self, inputs: Inputs, layer: str) -> Tensor:
         """What a layer gives under the composite, of shape (samples, *layer shape)."""

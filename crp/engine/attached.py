@@ -240,9 +240,7 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
         In inference mode, if another composite is on the model, or if a call with a composite is under way on it.
     """
     if torch.is_inference_mode_enabled():
-        raise StateError(
-            "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
-        )
+        raise StateError("attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad()")
     modules = modules_of(model)
     composite = composite_on(model, composite, modules)
     asked = propagation_of(composite)

@@ -217,9 +217,8 @@ class Call:
     def _members(self) -> list[Composite | None]:
         """Composites whose results are averaged: several, where a method has several references."""
         members = propagation_of(self.composite).members_for(self.inputs.select([0]).explained[0])
-        if self.composite is None or not members or is_on(self.composite, self.model):
-            return [self.composite]
-        return [*members]
+        alone = self.composite is None or not members or is_on(self.composite, self.model)
+        return [self.composite] if alone else [*members]
 
     def _chunks(self) -> list[Rows]:
         return self.rows.chunks(self.batch_size or len(self.rows))
@@ -305,9 +304,7 @@ class Call:
 
     def _multiplies(self) -> bool:
         """Whether a gradient flows, or multipliers, and not relevance itself."""
-        if self.composite is None:
-            return not rules_by_hand(self.model)
-        return Encoding.of(self.composite).multiplier
+        return not rules_by_hand(self.model) if self.composite is None else Encoding.of(self.composite).multiplier
 
     def _samples(self, rows: Rows) -> tuple[int, ...]:
         """Sample of each column of a forward pass for these rows, which share columns if they may."""
@@ -376,13 +373,15 @@ class Call:
         value = passed.value(settings.start, rows)
         start = (overridden or initial_relevance)(value.clone(), targets, initial)
         check_start(start, prediction)
-        return encoding.start(start.detach().to(prediction), value)
+        return encoding.write(start.detach().to(prediction), value)
 
     def _results(self, passed: ForwardPass, rows: Rows, last: bool) -> Part:
         """Results of some rows, and the relevance of each input that is explained, (rows, *input shape)."""
         prediction, _, arrived = self._send_back(passed, rows, last)
         heatmap_of, is_shared = self.overrides.heatmap_modifier, self._explains_positions(rows)
-        return results_of(passed, rows, prediction, arrived, self.settings, heatmap_of, is_shared=is_shared, last=last)
+        main = str(getattr(self.model, "main_input_name", 0))  # (models of Hugging Face have it)
+        given = passed, rows, prediction, arrived, self.settings, heatmap_of
+        return results_of(*given, main_input=main, is_shared=is_shared, last=last)
 
 
 def _sum_of_rows(values: Tensor) -> Tensor:

@@ -87,9 +87,7 @@ class Inputs:
                 f"{_as_kind(data)}; samples of several shapes are a list of them, several inputs a tuple or dict"
             )
         if not data:
-            raise InputTypeError(
-                "data must be a tensor, or a tuple or dict with an input for each argument; it is empty"
-            )
+            raise InputTypeError("data must be a tensor, or a tuple or dict of an input for each argument; it is empty")
         form: Literal["tuple", "dict"] = "dict" if isinstance(data, Mapping) else "tuple"
         values: dict[Any, Any] = {**data} if isinstance(data, Mapping) else dict(enumerate(data))
         _check_values(values, form == "dict")
