@@ -114,7 +114,7 @@ def whole_call(
     if not isinstance(output, Tensor):
         raise InputTypeError(
             f"{type(module).__name__} returns {kind_of(output)}, not a tensor, so that it cannot count as one "
-            "function. Map rules to the layers or functions inside it"
+            "function. Map rules to the layers or functions inside it, or None to it for the ordinary chain rule"
         )
     # (asking a scripted module for its forward would leave something in it)
     function = module if isinstance(module, torch.jit.ScriptModule) else module.forward
