@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from crp.engine.backward import input_name
+from crp.engine.backward import _input_name
 from crp.engine.conditions import Rows, row_index
 from crp.engine.forward import ForwardPass
 from crp.engine.settings import Settings
@@ -19,7 +19,7 @@ from crp.types import AttributionResults
 Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
 
 
-def results_of(
+def _results_of(
     passed: ForwardPass,
     rows: Rows,
     prediction: Tensor,
@@ -38,7 +38,7 @@ def results_of(
     ``main_input`` is what the model calls its first argument, if it says so.
     """
     encoding, own = passed.encoding, partial(_own, settings)
-    relevances_of_inputs = [arrived.pop(input_name(number)) for number in range(len(passed.inputs.explained))]
+    relevances_of_inputs = [arrived.pop(_input_name(number)) for number in range(len(passed.inputs.explained))]
     keeps = encoding.multiplier and settings.multipliers
     activations = {name: own(passed.of_rows(output, rows, not last)) for name, output in passed.layers.items()}
     relevances, multipliers, counted = {}, {}, {}
