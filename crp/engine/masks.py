@@ -39,9 +39,7 @@ def row_masks(
     ]
     for mask in masks:
         if not callable(mask):
-            raise InputTypeError(
-                f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}"
-            )
+            raise InputTypeError(f"mask_map must give a function of the gradient; for {layer!r} it gives {mask!r}")
     if not multiplies and any(map(needs_multiplier, [make, *masks])):
         raise InputTypeError(
             f"the mask of layer {layer!r} needs multipliers (needs_multiplier), and the composite propagates relevance "
@@ -56,9 +54,8 @@ def needs_multiplier(mask: object) -> bool:
     Selecting entries is right for relevance and multipliers alike; projecting on a direction is not.
     """
     owners = [mask, getattr(mask, "__self__", None)]
-    if any(getattr(owner, "needs_multiplier", False) for owner in owners):
-        return True
-    return isinstance(mask, partial) and needs_multiplier(mask.func)
+    needs = any(getattr(owner, "needs_multiplier", False) for owner in owners)
+    return needs or (isinstance(mask, partial) and needs_multiplier(mask.func))
 
 
 def _check_channels(model: nn.Module, layer: str, output: Tensor) -> None:

@@ -48,7 +48,7 @@ class Followed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer, and what follows."""
         output = self.layer(*args, **kwargs)
-        _check_returned(output, self.layer)
+        check_returned(output, self.layer)
         return self.after(output, *args)
 
     def __getattr__(self, name: str) -> Any:
@@ -58,7 +58,7 @@ class Followed(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
 
-def _check_returned(output: object, layer: nn.Module, name: str = "") -> None:
+def check_returned(output: object, layer: nn.Module, name: str = "") -> None:
     """Raise a `TypeError` if what a layer returns is no tensor."""
     if not isinstance(output, Tensor):
         named = f" {name!r}" if name else ""
