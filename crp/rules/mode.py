@@ -25,8 +25,9 @@ from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
 from crp.rules.layer import Layer, _in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
-from crp.rules.operands import Operands, _steps, in_parts
+from crp.rules.operands import Operands, _in_parts, _steps
 from crp.rules.operation import RESULTS, Operation
+from crp.rules.packed import _has_derivative
 from crp.rules.passing import _copied, _passed
 from crp.rules.recurrent import RECURRENT
 from crp.rules.redirect import overwritten
@@ -252,7 +253,7 @@ class SeeingMode(TorchFunctionMode):
         """An operation as a rule sees it."""
         inputs, operands = tuple(op.inputs), op.operands
         if operands is not None and operands.a.is_complex() and op.known.canonical != "vdot":  # (which is not linear)
-            operands = in_parts(operands)
+            operands = _in_parts(operands)
         layer = Layer(op.function, op.args, op.kwargs, inputs, op.known, operands, self.place(), locate=self.innermost)
         for tensor in inputs:
             if tensor.layout in _SPARSE:
@@ -331,9 +332,9 @@ class SeeingMode(TorchFunctionMode):
         )
 
     def _check_derivative(self, op: Operation, result: Any) -> None:
-        """Raise a `NotImplementedError` where torch warns of a lacking derivative, and sends nothing back."""
+        """Raise a `NotImplementedError` where torch would send nothing back, and only warn of it."""
         for tensor in tensors_in(result):
-            if tensor.grad_fn is not None and tensor.grad_fn.name().endswith("::WarnNotImplemented"):
+            if tensor.requires_grad and not _has_derivative(tensor, op.inputs):
                 raise NotImplementedError(
                     f"{_in_words(op.known.name, self.innermost())} is registered with torch without a derivative, so "
                     "that nothing is sent back through it; register one, as by torch.library.register_autograd"

@@ -287,7 +287,7 @@ def _sparse_product(
     return found._replace(weight=found.weight / stored[:, None])
 
 
-def in_parts(operands: Operands) -> Operands:
+def _in_parts(operands: Operands) -> Operands:
     """Sums of weighted complex numbers as sums of real ones: of both parts of each, along a new last axis.
 
     The weight is that of each part of the input (first axis) for each part of the output (second axis).

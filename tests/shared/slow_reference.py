@@ -228,7 +228,8 @@ class SlowReference:
 
     def _linear(self, k: int, m: Tensor, *inputs: Tensor) -> list[Tensor]:
         """Jᵀ m; constants keep their share, but for numbers that are added to what a gate is made of."""
-        if self.program.steps[k].name in ("shift", "complement"):
+        is_number = self.program.steps[k].name == "add_bias" and inputs[0].shape[1] == 1
+        if self.program.steps[k].name in ("shift", "complement") or is_number:
             if any(map(self._is_inverse, self.origins[self.program.steps[k].reads[0]])):
                 raise Doubtful("1 - 1 / (1 + a) is a / (1 + a), where 1 has no share")
             is_part = self.gating[self.program.steps[k].reads[0]]
@@ -238,7 +239,19 @@ class SlowReference:
                 raise Doubtful("whether a number is added to 0, or to what has made it")
             if is_part:
                 return self._pass(k, m, *inputs)
+        if self._is_written_out(k):
+            raise Doubtful("a sum, or an activation that is written out with numbers in it")
         return [m @ matrix for matrix in self._parts(k, *inputs)]
+
+    def _is_written_out(self, k: int) -> bool:
+        """Whether what is summed up is made of the same tensor, entry by entry and by numbers that are added."""
+        reads = self.program.steps[k].reads
+        if len(reads) < 2 or not self.origins[reads[0]] & self.origins[reads[1]]:
+            return False
+        return any(i and self.program.steps[i - 1].name in ("shift", "complement") for i in self._origins_of(reads))
+
+    def _origins_of(self, values: tuple[int, ...]) -> set[int]:
+        return set().union(*(self.origins[i] for i in values))
 
     def _parts(self, k: int, *inputs: Tensor) -> list[Tensor]:
         """Matrix of a linear step for each operand, where the others are zero."""
@@ -368,7 +381,10 @@ class SlowReference:
 
     def _attention(self, number: int, m: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor | None]:
         """The values take all; or each product hands half to both, and the softmax passes on by its Jacobian."""
-        s = self.program.steps[number].settings
+        step = self.program.steps[number]
+        if self.dividing[step.reads[2]] is not False:
+            raise Doubtful("weights, or values that are one over something")
+        s = step.settings
         m, q, k, v = (in_heads(s, tokens.reshape(v.shape)) for tokens in (m, q, k, v))
         weights = logits(s, q, k).softmax(-1)
         if self.method.attention == "constant":
