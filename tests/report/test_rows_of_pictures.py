@@ -98,6 +98,33 @@ def alone(fv: Any, composite: Any, row: Row, below: str | None) -> tuple[Tensor,
     return result.heatmap[0], shares
 
 
+def predicted(fv: Any, row: Row) -> tuple[float | None, float | None, int | None, list[tuple[int, float]]]:
+    """Probability of the target with a row's channel and without it, the predicted class, and the most probable ones.
+
+    Where relevance starts in a layer, no class is explained, and none of it is known.
+    """
+    if row.target < 0:
+        return None, None, None, []
+
+    def probabilities() -> Tensor:
+        with torch.no_grad():
+            return fv.attribution.model(fv.get_data_sample(row.sample)[0]).softmax(1)[0]
+
+    def switched_off(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        return output.index_fill(1, torch.tensor([row.concept]), 0)
+
+    whole = probabilities()
+    before, most = float(whole[row.target]), int(whole.argmax())
+    if row.layer is None:
+        order = whole.argsort(descending=True).tolist()
+        return before, None, most, [(i, round(float(whole[i]), 4)) for i in order]
+    handle = fv.attribution.model.get_submodule(row.layer).register_forward_hook(switched_off)
+    try:
+        return before, float(probabilities()[row.target]), most, []
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("composite", [EpsilonPlus(), GradientTimesInput()], ids=["epsilon_plus", "gradient"])
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("layer_map", LAYER_MAPS.values(), ids=LAYER_MAPS)
@@ -123,6 +150,10 @@ def test_each_row_is_what_it_is_alone(
         assert isinstance(facts, Drawn)
         for concept, share in facts.below if shares is not None else ():
             assert share == pytest.approx(float(shares[concept]), abs=1e-4)
+        before, after, most, top = predicted(fv, row)
+        assert facts.before == pytest.approx(before) and facts.predicted == most and list(facts.top) == top, str(row)
+        if row.layer is None or isinstance(fv.layer_map[row.layer], ChannelConcept):
+            assert facts.after == pytest.approx(after), str(row)
 
 
 def by_its_largest(data: Tensor) -> Tensor:
