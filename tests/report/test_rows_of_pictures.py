@@ -156,6 +156,18 @@ def test_each_row_is_what_it_is_alone(
             assert facts.after == pytest.approx(after), str(row)
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_no_probability_is_told_of_classes_that_do_not_exclude_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    monkeypatch.setattr(picture_rows, "SMALL", 1 if large else 64)
+    fv = make_fv(tmp_path, Images(4), net=Net(), layers=LAYER_MAPS["a layer in a block"])
+    monkeypatch.setattr(CondAttribution, "exclusive", False)
+    rows = [Row(0, 1), *(Row(0, target, "first", concept) for target in (0, -1) for concept in range(3))]
+    _, found = drawn(fv, EpsilonPlus(), rows, tmp_path / "out")
+    assert [(facts.before, facts.after, facts.top) for _, facts in found.values()] == [(None, None, ())] * len(rows)
+
+
 def by_its_largest(data: Tensor) -> Tensor:
     """Data divided by the largest value of all that is given, in place."""
     return data.div_(data.abs().max())
