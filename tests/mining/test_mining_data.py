@@ -76,8 +76,8 @@ def test_pictures_become_tensors(mode: str, shape: tuple[int, ...]) -> None:
     [
         ({"x": 1}, ("image", "y"), "has no data at 'image'; it has the keys 'x'"),
         ((torch.zeros(1),), (0, 1), "has no label at 1; it has 1 entries"),
-        (3, (0, 1), "has no data at 0; it has a int without fields"),
-        (torch.zeros(2, 4), (0, 1), "has no data at 0; it has a Tensor without fields, which data=None takes as it is"),
+        (3, (0, 1), "has no data at 0; it has an int without fields"),
+        (torch.zeros(2, 4), (0, 1), "has no data at 0; it has a Tensor of shape .* without fields, which data=None"),
         (("text", 1), (0, 1), "the data is a str; a transform must make it a tensor"),
         ((Image.new("P", (2, 2)), 1), (0, 1), "an image of mode 'P' needs a transform"),
     ],
