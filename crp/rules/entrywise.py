@@ -241,10 +241,11 @@ def _moved(op: Operation, made: _Entrywise) -> _Entrywise:
 
 
 def _is_symmetric(values: Tensor) -> Tensor:
-    """Whether a function is symmetric about zero, and not linear."""
+    """Whether a function is symmetric about zero, and not linear; what is added is a gate's, and changes no sign."""
     below, middle, above = _rises(values)
+    keeps_signs = (middle == 0).all() | (values >= 0).all() | (values <= 0).all()
     rounding, line = 1e-6 * (above.abs() + below.abs() + middle.abs()), above[-1] / _AMOUNTS[-1] * _AMOUNTS
-    return ((above - below).abs() <= rounding).all() & ((above - line).abs() > rounding).any()
+    return keeps_signs & ((above - below).abs() <= rounding).all() & ((above - line).abs() > rounding).any()
 
 
 def _begins_at_zero(values: Tensor) -> Tensor:
@@ -266,7 +267,7 @@ def _given(values: Tensor) -> int:
     below, _, above = _rises(values)
     if holds(lambda: ((above + below).abs() <= 1e-6 * above.abs()).all()):
         return 0
-    if not holds(lambda: (values[0] == values[1]) & (values[-1] == values[-2]) & _is_symmetric(values)):
+    if not holds(lambda: (values[[0, -1]] == values[[1, -2]]).all() & (abs(values) <= 1).all() & _is_symmetric(values)):
         return Born.ACTIVATION
     is_positive = holds(lambda: (values >= 0).all())
     return Born.ACTIVATION | Born.GATING | (Born.SQUASHED if is_positive else Born.BALANCED)

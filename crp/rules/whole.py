@@ -111,9 +111,8 @@ def whole_call(
     TypeError
         If it returns no tensor, or one of complex numbers.
     """
-    is_tensor = isinstance(output, Tensor)
-    if not is_tensor or output.is_complex():
-        what = "complex numbers" if is_tensor else f"{kind_of(output)}, not a tensor"
+    if not isinstance(output, Tensor) or output.is_complex():
+        what = "complex numbers" if isinstance(output, Tensor) else f"{kind_of(output)}, not a tensor"
         raise InputTypeError(
             f"{type(module).__name__} returns {what}, so that it cannot count as one function. "
             "Map rules to the layers or functions inside it, or None to it for the ordinary chain rule"

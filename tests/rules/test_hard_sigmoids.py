@@ -298,3 +298,22 @@ def test_a_sum_that_is_a_layer_and_cut_off_on_one_side():
         CondAttribution(net)(DATA, [{"y": 1}], composites.UniformLRP0(), record_layer=names) for names in (["1"], [])
     )
     assert off(recorded.heatmap, plain.heatmap) <= 1e-12
+
+
+class Expert(nn.Module):
+    """As those of gpt-oss: a number is added to what is cut off far from zero, and multiplied with a swish."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.up, self.gate, self.head, self.cut = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3), cut
+
+    def forward(self, x):
+        g = self.gate(x)
+        return self.head((self.cut(self.up(x)) + 1) * (g * torch.sigmoid(1.7 * g)))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_added_to_a_sum_that_is_cut_off_far_away_is_a_bias(preset):
+    cut, whole = (seeded(Expert(function)) for function in (lambda u: u.clamp(-7.0, 7.0), lambda u: u))
+    assert cut.up(DATA).abs().max() < 7
+    assert_same_map(cut, whole, DATA, PRESETS[preset]())
