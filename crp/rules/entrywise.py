@@ -3,14 +3,15 @@
 A number that is added before an activation is a bias, and keeps its share. But a function that is symmetric about zero,
 ``f(x) + f(-x) = 2 f(0)``, has none: neither a hard sigmoid such as ``relu6(x + 3) / 6``, nor soft shrinkage such as
 ``relu(x - t) - relu(-x - t)``. Nor has one that is zero at zero, and nothing else next to it, such as ``log(1 + x)`` or
-``relu(x) - relu(x - 6)``. To tell them apart, what is computed of a tensor is computed of some points, too.
+``relu(x) - relu(x - 6)``; nor one that is linear on one side of zero and curved on the other, such as
+``where(x > 0, x + 1, exp(x))``; nor a softmax of it beside numbers, as of ``stack([x, 0])``, which is a sigmoid. To
+tell them apart, what is computed of a tensor is computed of some points, too.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -19,18 +20,23 @@ import torch
 from torch import Tensor
 
 from crp.layers.devices import holds, is_recording
+from crp.rules.functions import look_up
 from crp.rules.layer import changed
-from crp.rules.notes import Born, Notes
-from crp.rules.operation import Operation, _is_one_number, _on_a_copy
+from crp.rules.notes import Born, Note, Notes
+from crp.rules.operation import Operation, _is_one_number
 from crp.rules.passing import _CUTTING, _SEVERAL, _SUMS, _bounds, _run_on
+from crp.rules.spellings import in_place
 from crp.trace.recorder import tensors_in
 
 _CONDITIONS = frozenset(("ge", "gt", "le", "lt"))
 #: Functions that choose; what they choose may be a tensor of one number in every entry.
-_SELECTING = frozenset("clamp clamp_max clamp_min fmax fmin masked_fill maximum minimum where".split())  # noqa: SIM905
+_SELECTING = frozenset("clamp clamp_max clamp_min fmax fmin heaviside masked_fill maximum minimum where".split())  # noqa: SIM905
+#: Functions that put tensors side by side, along an axis that is new, and those along it.
+_STACKING = frozenset(("cat", "stack"))
+_ALONG = frozenset("amax amin log_softmax logsumexp max min softmax".split())  # noqa: SIM905
 #: Functions that such a function may begin with: in these, a variable of the model still holds what they read.
-_HELD = _CONDITIONS | {"abs", "neg", "sign"}
-BEGINNING = _SUMS | _HELD | {"clamp", "hardsigmoid", "hardtanh", "softplus"}
+_HELD = _CONDITIONS | {"abs", "heaviside", "neg", "sgn", "sign"}
+BEGINNING = _SUMS | _HELD | _STACKING | {"clamp", "hardsigmoid", "hardtanh", "softplus"}
 _AMOUNTS = 10.0 ** torch.linspace(-3, 4, 36, dtype=torch.float64, device="cpu")
 _POINTS = torch.cat([-_AMOUNTS.flip(0), 0 * _AMOUNTS[:1], _AMOUNTS])
 #: How many tensors are remembered that a function may be one of, and how many functions of Python's numbers.
@@ -42,7 +48,7 @@ class _Curve:
 
     Parameters
     ----------
-    values : Tensor
+    values : Tensor of shape (points,), or (points, entries) of functions side by side
     is_settled : bool
         Whether it is such a function, and not one of numbers in tensors, which may be others in a replay.
     """
@@ -67,21 +73,14 @@ _curves: dict[Any, _Curve] = {}
 
 
 class _Source(NamedTuple):
-    """A tensor, or what gives it, that a function may be one of, and that function.
+    """A function of a tensor, which is held where no variable of the model may do so.
 
     ``is_copied`` says whether a layer's output is in between, through which relevance shall flow.
     """
 
-    tensor: Callable[[], Tensor | None]
-    version: int
-    curve: _Curve
+    curve: _Curve = _IDENTITY
+    held: Tensor | None = None
     is_copied: bool = False
-
-    @property
-    def is_there(self) -> bool:
-        """Whether it still has its values."""
-        tensor = self.tensor()
-        return tensor is not None and tensor._version == self.version
 
 
 @dataclass(eq=False, slots=True)
@@ -90,32 +89,48 @@ class _Entrywise:
 
     Attributes
     ----------
-    sources : dict of int to _Source
-        What it is a function of, by `id`, the latest last.
-    passing : frozenset of int
+    sources : dict of Note to _Source
+        What it is a function of, the latest last.
+    passing : frozenset of Note
         Those of them to which its relevance goes as it is.
     is_shifted : bool
         Whether a number was added, or put in its place.
-    activation : _Source or None
-        That of which it is one activation, if relevance has to be sent there.
-    gives : int
-        What is known of it (`Born`).
+    axis : int or None
+        Axis along which functions stand side by side, counted from the last.
+    is_softmax : bool
+        Whether there was a softmax of them.
+    activation : Note or None
+        Of what it is one activation of, if relevance has to be sent there.
+    gives : int or None
+        What is known of it (`Born`), if it is one activation.
     """
 
-    sources: dict[int, _Source]
-    passing: frozenset[int]
+    sources: dict[Note, _Source]
+    passing: frozenset[Note]
     is_shifted: bool
-    activation: _Source | None = None
-    gives: int = 0
+    axis: int | None = None
+    is_softmax: bool = False
+    activation: Note | None = None
+    gives: int | None = None
 
-    def find_activation(self) -> None:
-        """Find out whether it is one activation."""
-        for kind in (_is_symmetric, _begins_at_zero):
+    @property
+    def is_copied(self) -> bool:
+        """Whether a layer's output is between it and what it is one activation of."""
+        return self.activation is not None and self.sources[self.activation].is_copied
+
+    def bounded(self) -> int | None:
+        """What is known of it (`Born`), if it is the same for all large numbers; None if it is not known of what."""
+        below = [source.curve.values for key, source in self.sources.items() if not key.flags & Born.GATING]
+        return max(map(_bounded, below), default=None)
+
+    def find_activation(self, sends: bool = True) -> None:
+        """Find out whether it is one activation, to which relevance is sent, if the call ``sends`` it."""
+        for kind in [_is_curved] if self.is_softmax else [_is_symmetric, _begins_at_zero, _bends_at_zero]:
             for key, source in reversed(self.sources.items()):
                 if (gives := source.curve.gives(kind)) >= 0:
                     self.gives = gives
-                    if self.is_shifted and key not in self.passing and source.is_there:
-                        self.activation, self.passing = source, frozenset((key,))
+                    if sends and self.is_shifted and key not in self.passing and key.now() is not None:
+                        self.activation, self.passing = key, frozenset((key,))
                         keys = list(self.sources)  # (to later ones nothing flows)
                         self.sources = {other: self.sources[other] for other in keys[: keys.index(key) + 1]}
                     return
@@ -123,43 +138,118 @@ class _Entrywise:
 
 def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
     """What is remembered of a call, if it is such a function, or one ``begins`` there; None of others."""
-    if begins and not _may_begin(op):
-        return None
     name, known, x = op.known.canonical, op.known, op.inputs[0]
+    if x.is_complex() or (begins and not _may_begin(op)):
+        return None
     tensors = op.inputs if known.reads_first else list(tensors_in((op.args, op.kwargs)))
-    parts = {id(tensor): note.parts for tensor in tensors if (note := notes.of(tensor)) is not None}
-    made = {number: one for number, one in parts.items() if isinstance(one, _Entrywise)}
-    if known.has("copies"):
+    noted = {id(tensor): note for tensor in tensors if (note := notes.of(tensor)) is not None}
+    made = {number: note.parts for number, note in noted.items() if isinstance(note.parts, _Entrywise)}
+    axis = made[id(x)].axis if id(x) in made else None
+    if axis is not None and (name in _ALONG or (known.has("copies") and name != "clone")):
+        return _along(op, made[id(x)], axis) if len(tensors) == 1 else None
+    if known.has("copies") and name not in _STACKING:
         is_moved = len(made) == len(tensors) == 1 and name not in _SEVERAL and op.args[:1] and not op.overwrites
         return _moved(op, made[id(x)]) if is_moved else None
-    if not (known.has("elementwise") or name in _CONDITIONS) or "dropout" in known.name or "out" in op.kwargs:
+    new_axis = _new_axis(op, tensors) if name in _STACKING else axis
+    if new_axis == 0 or not (known.has("elementwise") or name in _CONDITIONS | _STACKING):
         return None
-    read, numbers = dict[int, dict[int, _Source]](), dict[int, Tensor]()
+    if "dropout" in known.name or "out" in op.kwargs:
+        return None
+    read, numbers = dict[Note, dict[Note, _Source]](), dict[int, Tensor]()
     for tensor in tensors:
-        if tensor.shape == x.shape and (id(tensor) in made or op.depends(tensor)):
-            found = partial(_itself, tensor) if name in BEGINNING - _HELD else weakref.ref(tensor)
-            below = made[id(tensor)].sources if id(tensor) in made else {}
-            read[id(tensor)] = {key: source for key, source in below.items() if source.is_there}
-            if tensor.requires_grad:
-                read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _IDENTITY)
-        elif not op.depends(tensor) and _broadcasts(tensor, x, name in _SELECTING) and _is_one_number(tensor):
+        if tensor.shape == x.shape and id(tensor) in noted and (id(tensor) in made or tensor.requires_grad):
+            holder = tensor if name in BEGINNING - _HELD else None
+            read[noted[id(tensor)]] = _sources(noted[id(tensor)], tensor.requires_grad and axis is None, holder)
+        elif (
+            not op.depends(tensor) and _broadcasts(tensor, x, name in _SELECTING | _STACKING) and _is_one_number(tensor)
+        ):
             numbers[id(tensor)] = tensor.detach().flatten()[0].cpu()
         else:
             return None
-    sources = dict[int, _Source]()
-    for key in [key for key in read[id(x)] if all(key in others for others in read.values())][-_MOST:]:
-        of_source = {number: others[key] for number, others in read.items()}
-        curve = _curve(op, {number: source.curve for number, source in of_source.items()}, numbers)
-        is_copied = any(source.is_copied for source in of_source.values())
-        sources[key] = of_source[id(x)]._replace(curve=curve, is_copied=is_copied)
-    passing = frozenset(read).union(*(one.passing for one in made.values()))
+    call = op.function, *changed((tuple(op.args), op.kwargs), lambda one: numbers.get(id(one), noted.get(id(one))))
+    sources = _common(call, read)
     is_shift = name in _SUMS or (known.has("constant") and _puts_a_number(op, numbers))
     # (what a number is added to may be 0, and then hand nothing on)
-    passing = passing if len(read) == 1 and not is_shift else frozenset()
-    result = _Entrywise(sources, passing, is_shift or any(one.is_shifted for one in made.values()))
-    if name not in (_HELD | _SUMS if begins else _CONDITIONS):
+    passing = {noted[id(x)]}.union(*(one.passing for one in made.values())) if len(read) == 1 and not is_shift else ()
+    is_shifted = is_shift or any(one.is_shifted for one in made.values())
+    is_softmax = any(one.is_softmax for one in made.values())
+    result = _Entrywise(sources, frozenset(passing), is_shifted, new_axis, is_softmax)
+    is_alone = begins and name in _HELD | _SUMS and len(read) == len(sources) == 1
+    if new_axis is None and name not in _CONDITIONS and not is_alone:
         result.find_activation()
     return result if sources else None
+
+
+def _sources(note: Note, is_own: bool = True, held: Tensor | None = None) -> dict[Note, _Source]:
+    """What a tensor is a function of, entry by entry, as long as it is there; at last itself, if ``is_own``."""
+    below = dict[Note, _Source]()
+    if isinstance(note.parts, _Entrywise):
+        below = note.parts.sources
+    elif note.call is not None and next(tensors_in(note.call), None) is None:
+        read = list[Note]()
+        changed(note.call, read.append, Note)
+        below = _common(note.call, {one: _sources(one) for one in read})
+    there = {key: source for key, source in below.items() if key.now() is not None}
+    tensor = note.now() if is_own else None
+    return there if tensor is None or tensor.is_complex() else {**there, note: _Source(held=held)}
+
+
+def _common(call: Any, read: Mapping[Note, Mapping[Note, _Source]]) -> dict[Note, _Source]:
+    """What a call makes of functions, of tensors that all that it reads is made of."""
+    first, *others = read.values()
+    found, is_copy = dict[Note, _Source](), "memory_format" in call[2]
+    for key in [key for key in first if all(key in other for other in others)][-_MOST:]:
+        of_source = {note: one[key] for note, one in read.items()}
+        curve = _curve(call, {note: source.curve for note, source in of_source.items()})
+        is_copied = is_copy or any(source.is_copied for source in of_source.values())
+        found[key] = first[key]._replace(curve=curve, is_copied=is_copied)
+    return found
+
+
+def _new_axis(op: Operation, tensors: Sequence[Tensor]) -> int | None:
+    """Axis along which tensors of one shape are put side by side, counted from the last; 0 if they are not."""
+    axis, dims = op.kwargs.get("dim", op.args[1] if len(op.args) > 1 else 0), tensors[0].dim()
+    if len(tensors) < 2 or not isinstance(axis, int) or any(tensor.shape != tensors[0].shape for tensor in tensors):
+        return 0
+    if op.known.canonical == "stack":
+        return axis % (dims + 1) - dims - 1
+    return axis % dims - dims if tensors[0].shape[axis] == 1 else 0
+
+
+def _along(op: Operation, made: _Entrywise, axis: int) -> _Entrywise | None:
+    """What is remembered of functions side by side that are mixed along their axis, or of one that is taken."""
+    name, x = op.known.canonical, op.inputs[0]
+    place, shape, dims = x.dim() + axis, x.shape, x.dim()
+    if op.known.has("copies"):
+        numbers = torch.arange(shape[axis], device="cpu").reshape(-1, *[1] * (-1 - axis)).expand(shape)
+        taken = op.function(numbers, *op.args[1:], **op.kwargs) if shape.numel() else numbers
+        dims = taken.dim()
+        one = shape[:place] + (1,) * (dims + 1 - x.dim()) + shape[place + 1 :]
+        if taken.shape != one or taken.amin() != taken.amax():
+            return None
+        take = partial(torch.select, dim=1, index=int(taken.amin()))
+    else:
+        dim = op.kwargs.get("dim", op.args[1] if len(op.args) > 1 else None)
+        if dim not in (place, axis, (place,), (axis,), [place], [axis]):
+            return None
+        take = partial(getattr(torch, {"max": "amax", "min": "amin"}.get(name, name)), dim=1)
+        dims -= not op.kwargs.get("keepdim", op.args[2] if len(op.args) > 2 else False)
+    is_softmax, stays = made.is_softmax or "softmax" in name or name == "logsumexp", "softmax" in name
+    result = _Entrywise({}, frozenset(), made.is_shifted or is_softmax, axis if stays else None, is_softmax)
+    for key, source in made.sources.items():
+        source, tensor = source._replace(curve=_Curve(take(source.curve.values), source.curve.is_settled)), key.now()
+        if tensor is not None and result.axis is None and tensor.dim() != dims:
+            tensor = tensor.select(place, 0) if dims < x.dim() else tensor.unsqueeze(place)
+            key, source = Note(tensor, key.flags), source._replace(held=tensor)
+        result.sources[key] = source
+    if result.axis is None:
+        result.find_activation(sends=name not in ("max", "min"))  # (these have two results)
+    return result
+
+
+def _is_of_several(note: Note | None) -> bool:
+    """Whether a tensor is remembered as functions side by side."""
+    return note is not None and isinstance(note.parts, _Entrywise) and note.parts.axis is not None
 
 
 def _of_mask(op: Operation, notes: Notes, result: object) -> _Entrywise | None:
@@ -180,71 +270,78 @@ def _broadcasts(tensor: Tensor, x: Tensor, is_choosing: bool) -> bool:
 
 def _puts_a_number(op: Operation, numbers: Mapping[int, Tensor]) -> bool:
     """Whether a function that chooses may put a number in the place of an entry: not 0, and finite."""
-    values: list[Any] = [value for value in (*op.args, *op.kwargs.values()) if isinstance(value, int | float)]
+    given = () if op.known.canonical in _STACKING else (*op.args, *op.kwargs.values())
+    values: list[Any] = [value for value in given if isinstance(value, int | float)]
     constants = (tensor for tensor in tensors_in((op.args, op.kwargs)) if not op.depends(tensor))
     values += [numbers.get(id(tensor), 1) for tensor in constants if tensor.is_floating_point()]
     return any(value != 0 and math.isfinite(value) for value in values)
 
 
 def _may_begin(op: Operation) -> bool:
-    """Whether such a function may begin with a call of real numbers: where it cuts off, as far below zero as above."""
+    """Whether such a function may begin with a call: where it cuts off, as far below zero as above."""
     lowest, highest = _bounds(op) if op.known.canonical in _CUTTING else (0, 0)
-    return not op.inputs[0].is_complex() and -math.inf < lowest == -highest
+    return -math.inf < lowest == -highest
 
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _curve(op: Operation, curves: Mapping[int, _Curve], numbers: Mapping[int, Tensor]) -> _Curve:
-    """What a call makes of functions, by `id` of the tensors that it reads, and of numbers in others."""
-    known = {**numbers, **{number: curve.values for number, curve in curves.items()}}
-    if numbers or not all(curve.is_settled for curve in curves.values()):
-        return _Curve(_values(op, known), is_settled=False)
-    args, kwargs = changed((tuple(op.args), op.kwargs), lambda tensor: curves[id(tensor)])
-    key = op.function, args, tuple(kwargs.items())
+def _curve(call: Any, curves: Mapping[Note, _Curve]) -> _Curve:
+    """What a call makes of functions."""
+    function, args, kwargs = changed(call, curves.__getitem__, Note)
+    key = function, args, tuple(kwargs.items())
+    if next(tensors_in((args, kwargs)), None) is not None or not all(curve.is_settled for curve in curves.values()):
+        return _Curve(_values(*key), is_settled=False)
     try:
         found = _curves.get(key)
     except TypeError:  # (a list is among its arguments)
-        return _Curve(_values(op, known))
+        return _Curve(_values(*key))
     if found is None:
         if len(_curves) >= _MOST_CURVES:
             _curves.clear()
-        found = _curves[key] = _Curve(_values(op, known))
+        found = _curves[key] = _Curve(_values(*key))
     return found
 
 
-def _values(op: Operation, known: Mapping[int, Tensor]) -> Tensor:
-    """What a call makes of other tensors in place of those that it reads."""
-    kwargs = {key: value for key, value in op.kwargs.items() if key != "inplace"}
-    function = _on_a_copy(op.function) if op.overwrites and not op.kwargs.get("inplace") else op.function
-    with torch.no_grad():  # (a function that works in place may be told so by position)
-        args, kwargs = changed((tuple(op.args), kwargs), lambda tensor: known[id(tensor)].clone())
-        if op.overwrites and args:  # (what it writes into may be a number)
-            args = args[0].expand_as(_POINTS).clone(), *args[1:]
-        return cast(Tensor, function(*args, **kwargs))
+def _values(function: Callable[..., Tensor], args: Sequence[Any], kwargs: Sequence[tuple[str, Any]]) -> Tensor:
+    """What a call makes of functions."""
+    args, named = changed((args, dict(kwargs)), lambda curve: torch.clone(curve.values), _Curve)
+    if look_up(function).canonical in _STACKING:
+        return torch.stack([one.expand(_POINTS.shape) for one in tensors_in((args, named))], 1)
+    if in_place(function, {}):  # (what it writes into may be a number)
+        args = args[0] + 0 * _POINTS, *args[1:]
+    with torch.no_grad():
+        return function(*args, **named)
 
 
 def _moved(op: Operation, made: _Entrywise) -> _Entrywise:
     """The same where a function has moved or copied entries."""
-    sources, passing = dict[int, _Source](), list[int]()
+    result = _Entrywise({}, frozenset(), made.is_shifted, made.axis, made.is_softmax)
     for key, source in made.sources.items():
-        tensor = source.tensor()
+        tensor, new = key.now(), key
         if op.known.canonical == "clone":
-            sources[key] = source._replace(is_copied=True)
-        elif tensor is not None and source.is_there:
-            tensor = _run_on(op, tensor)
-            key = id(tensor)
-            sources[key] = source._replace(tensor=partial(_itself, tensor), version=tensor._version)
-        passing += [key] if key in made.passing else []
-    return _Entrywise(sources, frozenset(passing), made.is_shifted)
+            source = source._replace(is_copied=source.is_copied or "memory_format" in op.kwargs)
+        elif tensor is not None:
+            held = _run_on(op, tensor)
+            new, source = key if held is tensor else Note(held, key.flags), source._replace(held=held)
+        result.sources[new] = source
+        result.passing |= {new} if key in made.passing else set()
+    return result
+
+
+def _is_curved(values: Tensor) -> Tensor:
+    """Whether a function is not linear."""
+    slopes = ((values[1:] - values[:-1]) / (_POINTS[1:] - _POINTS[:-1])).nan_to_num()
+    return ((slopes - slopes[0]).abs() > 1e-6 * slopes.abs().amax()).any()
 
 
 def _is_symmetric(values: Tensor) -> Tensor:
     """Whether a function is symmetric about zero, and not linear."""
     below, middle, above = _rises(values)
-    rounding, line = 1e-6 * (above.abs() + below.abs() + middle.abs()), above[-1] / _AMOUNTS[-1] * _AMOUNTS
-    return ((above - below).abs() <= rounding).all() & ((above - line).abs() > rounding).any()
+    rounding, line = 1e-6 * (above.abs() + below.abs() + middle.abs()), above[0] / _AMOUNTS[0] * _AMOUNTS
+    # (of large numbers, exponentials may be infinite, and their quotients no numbers)
+    return ~((above - below).abs() > rounding).any() & ((above - line).abs() > rounding).any()
 
 
 def _begins_at_zero(values: Tensor) -> Tensor:
@@ -253,6 +350,15 @@ def _begins_at_zero(values: Tensor) -> Tensor:
     next_to_it = torch.maximum(below[0].nan_to_num().abs(), above[0].nan_to_num().abs())
     is_line = (values - above[-1] / _AMOUNTS[-1] * _POINTS).abs() <= 1e-6 * values.abs()
     return (middle[0].abs() <= 1e-6 * next_to_it) & (next_to_it > 0) & ~is_line.all()
+
+
+def _bends_at_zero(values: Tensor) -> Tensor:
+    """Whether a function is linear on one side of zero, and curved from there on on the other."""
+    below, _, above = _rises(values)
+    slopes = torch.stack([below, above]) / _AMOUNTS
+    is_line = ((slopes - slopes[:, -1:]).abs() <= 1e-6 * slopes.abs()).all(1) & (slopes[:, 0] != 0)
+    is_curved = (slopes[:, 1] - slopes[:, 0]).abs() > 1e-6 * slopes[:, 0].abs()
+    return (is_line & is_curved.flip(0)).any()
 
 
 def _rises(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,7 +372,16 @@ def _given(values: Tensor) -> int:
     below, _, above = _rises(values)
     if holds(lambda: ((above + below).abs() <= 1e-6 * above.abs()).all()):
         return 0
-    if not holds(lambda: (values[0] == values[1]) & (values[-1] == values[-2]) & _is_symmetric(values)):
-        return Born.ACTIVATION
-    is_positive = holds(lambda: (values >= 0).all())
-    return Born.ACTIVATION | Born.GATING | (Born.SQUASHED if is_positive else Born.BALANCED)
+    return Born.ACTIVATION | (_bounded(values) if holds(lambda: _is_symmetric(values)) else 0)
+
+
+def _bounded(values: Tensor) -> int:
+    """What is known of results of an activation that is the same for all large numbers, on both sides of zero."""
+    values = values[~values.isnan()]
+    if len(values) < 2 or not holds(lambda: _is_flat(values[:2]) & _is_flat(values[-2:])):
+        return 0
+    return Born.ACTIVATION | Born.GATING | (Born.SQUASHED if holds(lambda: (values >= 0).all()) else Born.BALANCED)
+
+
+def _is_flat(values: Tensor) -> Tensor:
+    return (values == values[:1]).all() & values.isfinite().all()

@@ -20,14 +20,14 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise, _itself, _of_mask
+from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise, _is_of_several, _itself, _of_mask
 from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
-from crp.rules.layer import Layer, _in_words
+from crp.rules.layer import Layer, _in_words, changed
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _steps
 from crp.rules.operation import RESULTS, Operation
-from crp.rules.passing import _copied, _passed
+from crp.rules.passing import _SEVERAL, _copied, _passed
 from crp.rules.recurrent import RECURRENT
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
@@ -124,6 +124,8 @@ class SeeingMode(TorchFunctionMode):
             if self.notes.has_parts and args and self._is_mask_of_data(args[0]):
                 of_mask = _of_mask(Operation(func, args, kwargs, known, [args[0]], 0), self.notes, result)
                 self.notes.remember(result, of_mask)
+            if self.notes.has_choices and any(map(self._is_chosen, tensors_in((args, kwargs)))):
+                self.notes.add_choice(result)
             return result
         if known.canonical in _DERIVATIVES:
             self._refuse_derivative(known)
@@ -135,7 +137,8 @@ class SeeingMode(TorchFunctionMode):
             with self:
                 return steps()
         if known.name == "setitem" and _is_mask(args[1]) and _is_number(args[2]):
-            mask = args[1].reshape(*args[1].shape, *[1] * (args[0].dim() - args[1].dim()))
+            n_missing = args[0].dim() - args[1].dim()
+            mask = args[1].reshape(*args[1].shape, *[1] * n_missing) if n_missing else args[1]
             self.__torch_function__(Tensor.masked_fill_, types, (args[0], mask, args[2]))
             return None
         is_sum = known.name in _SUMMING
@@ -168,6 +171,8 @@ class SeeingMode(TorchFunctionMode):
             self.notes.add_written(target, self.notes.flags(result))
             self.notes.add_copy(written, result)
             return written
+        if op.known.canonical in _SEVERAL and self.notes.has_parts and _is_of_several(self.notes.of(op.inputs[0])):
+            return tuple(map(self._see, op.results()))
         is_first, is_affine = bool(op.flags & FIRST), op.operands is not None
         copied = _copied(op, self.notes) if is_first else None
         choice = self.choose(op.known, op.kind, is_first, not is_affine and len(op.inputs) > 1, op.operands)
@@ -178,14 +183,14 @@ class SeeingMode(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         # (operands may be overwritten, and then nothing is known)
-        passed = _passed(op, self.notes)
-        parts = self._parts(op) if self.notes.has_parts or op.known.canonical in BEGINNING else None
-        if isinstance(parts, _Entrywise):
-            passed |= parts.gives
-            choice = choice if parts.activation is None else self._of_activation(choice, op)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
-        if below is not None and len(op.inputs) > 1 and _is_written_out(op, map(self.notes.born, op.inputs)):
-            passed |= Born.ACTIVATION
+        parts = self._parts(op, below) if self.notes.has_parts or op.known.canonical in BEGINNING else None
+        if isinstance(parts, _Entrywise):
+            choice = choice if parts.activation is None else self._of_activation(choice, op)
+        is_made = below is not None and (len(op.inputs) > 1 or op.known.canonical in _OF_EXPONENTIALS)
+        passed = _passed(op, self.notes)
+        if is_made or isinstance(parts, _Entrywise):
+            passed = self._made(op, parts, passed)
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
             if not op.known.known:
@@ -196,7 +201,8 @@ class SeeingMode(TorchFunctionMode):
             result, layer = self._by_rule(choice, op, parts)
             passed, parts = passed | layer.gives, layer.parts
         is_quotient = isinstance(parts, _OfExponentials) and parts.is_quotient
-        if (is_quotient or op.known.canonical == "softmax") and isinstance(result, Tensor):
+        is_softmax = is_quotient or (op.known.canonical == "softmax" and not isinstance(parts, _Entrywise))
+        if is_softmax and isinstance(result, Tensor):
             parts = _softmax(result)
         elif op.known.canonical == "clone" and isinstance(parts, _OfExponentials):
             is_counted = getattr(self.attachment, "account", None) is not None  # (of a softmax as a whole)
@@ -204,10 +210,26 @@ class SeeingMode(TorchFunctionMode):
         self._note(op, result, passed, copied, parts, below)
         return result
 
-    def _parts(self, op: Operation) -> Any:
+    def _made(self, op: Operation, parts: Any, passed: int) -> int:
+        """What is known of an operation's result that may be one function of a tensor, entry by entry."""
+        is_joined = len(op.inputs) > 1 and _is_written_out(op, map(self.notes.born, op.inputs))
+        is_bounded = op.known.canonical in _OF_EXPONENTIALS and bool((op.known.gives | op.flags) & Born.GATING)
+        made = parts if isinstance(parts, _Entrywise) else None
+        if made is None and (is_joined or is_bounded):
+            made = _entrywise(op, self.notes, begins=False)
+        if made is None:
+            return passed | (Born.ACTIVATION if is_joined else 0)
+        if is_bounded and not op.flags & Born.SQUASHED and (bounded := made.bounded()) is not None:
+            passed = passed & ~(Born.SQUASHED | (Born.EXPONENTIAL if bounded else 0)) | bounded
+        if made.is_softmax and made.axis is None:
+            passed &= ~(Born.SOFTMAX | Born.LOGARITHM)
+        return passed | (made.gives or 0) | (Born.ACTIVATION if is_joined and made.gives != 0 else 0)
+
+    def _parts(self, op: Operation, below: Note | None) -> Any:
         """What is remembered of a call, by what is of its operands."""
         notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
-        begins = op.known.canonical in BEGINNING and len(op.inputs) == 1
+        is_whole = len(op.inputs) == 1 or op.known.canonical == "stack" or below is not None
+        begins = is_whole and op.known.canonical in BEGINNING
         is_masked = not notes and "elementwise" in op.known.properties and any(map(self._is_mask_of_data, op.args))
         if not (notes or begins or is_masked):
             return None
@@ -217,6 +239,10 @@ class SeeingMode(TorchFunctionMode):
         if parts is None and (begins or _Entrywise in kinds):
             return _entrywise(op, self.notes, begins)
         return notes[0].parts if notes and op.known.canonical == "clone" and parts is None else parts
+
+    def _is_chosen(self, tensor: Tensor) -> bool:
+        """Whether some entries of a tensor were chosen, or it says which."""
+        return bool(self.notes.flags(tensor) & (Born.ROUTED | Born.CHOSEN))
 
     def _is_mask_of_data(self, value: object) -> bool:
         """Whether an argument is a constant that was made of what depends on the model's input, such as ``x > 0``."""
@@ -279,18 +305,29 @@ class SeeingMode(TorchFunctionMode):
         if op.kind == "product":  # (several factors depend on the input: it is not affine)
             flags |= op.flags & FIRST
         target = op.args[0] if op.args and op.overwrites else op.kwargs.get("out")
-        written = target if isinstance(target, Tensor) and target.requires_grad else None
+        written, call = target if isinstance(target, Tensor) and target.requires_grad else None, None
+        if below is not None and (op.known.canonical == "clone" or not op.known.properties >= {"selects", "linear"}):
+            if len(op.inputs) == 1 and op.args and op.args[0] is op.inputs[0] and Tensor not in map(type, op.args[1:]):
+                call = op.function, (below, *op.args[1:]), op.kwargs
+            elif len(op.inputs) > 1:
+                args, kwargs = changed((op.args, op.kwargs), lambda one: self.notes.of(one) or one)
+                call = op.function, args, kwargs
         if written is not None:
-            self.notes.add_written(written, flags, copied if isinstance(copied, Copied) else None, below)
+            self.notes.add_written(written, flags, copied if isinstance(copied, Copied) else None, below, call)
         if isinstance(copied, list):
             for item, way in zip(result, copied, strict=False):
                 self.notes.add(item, flags, way)
         elif result is not written:
-            self.notes.add(result, flags, copied, below)
+            self.notes.add(result, flags, copied, below, call)
         if parts is not None:
             several = isinstance(parts, _OfExponentials) and isinstance(result, tuple | list)
-            for number, item in enumerate(result if several else [written if result is None else result]):
+            is_largest = isinstance(parts, _Entrywise) and isinstance(result, tuple)  # (its index comes second)
+            one = result[0] if is_largest else written if result is None else result
+            for number, item in enumerate(result if several else [one]):
                 self.notes.remember(item, parts.one(number) if several else parts)
+        is_constant = isinstance(result, Tensor) and not result.requires_grad
+        if op.known.canonical in _RANKING or (is_constant and any(map(self._is_chosen, op.inputs))):
+            self.notes.add_choice(result)
         if op.known.canonical == "mul" and not op.overwrites:
             self.products.add(result, (*op.args, *op.kwargs.values()))
 
@@ -344,6 +381,10 @@ class SeeingMode(TorchFunctionMode):
         return ""
 
 
+#: Functions that are exponentials, or make gates of them.
+_OF_EXPONENTIALS = frozenset(("div", "exp", "exp2", "pow", "rdiv", "reciprocal", "rpow"))
+#: Functions that give an index.
+_RANKING = frozenset("argmax argmin argsort kthvalue max min multinomial sort topk".split())  # noqa: SIM905
 _SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 _DERIVATIVES = frozenset({"grad", "backward"})
 #: Functions that are several others; these are given how they add up.
