@@ -118,21 +118,24 @@ class _Entrywise:
         """Whether a layer's output is between it and what it is one activation of."""
         return self.activation is not None and self.sources[self.activation].is_copied
 
-    def bounded(self) -> int | None:
-        """What is known of it (`Born`), if it is the same for all large numbers; None if it is not known of what."""
+    def of_numbers(self) -> int | None:
+        """What is known of it (`Born`), if it is bounded, or a power; 0 if neither; None if not known of what."""
         below = [source.curve.values for key, source in self.sources.items() if not key.flags & Born.GATING]
-        return max(map(_bounded, below), default=None)
+        return max((_power(values) or _bounded(values) for values in below), default=None)
 
     def find_activation(self, sends: bool = True) -> None:
         """Find out whether it is one activation, to which relevance is sent, if the call ``sends`` it."""
         for kind in [_is_curved] if self.is_softmax else [_is_symmetric, _begins_at_zero, _bends_at_zero]:
             for key, source in reversed(self.sources.items()):
-                if (gives := source.curve.gives(kind)) >= 0:
-                    self.gives = gives
-                    if sends and self.is_shifted and key not in self.passing and key.now() is not None:
-                        self.activation, self.passing = key, frozenset((key,))
-                        keys = list(self.sources)  # (to later ones nothing flows)
-                        self.sources = {other: self.sources[other] for other in keys[: keys.index(key) + 1]}
+                if (gives := source.curve.gives(kind)) < 0:
+                    continue
+                self.gives = gives if self.gives is None else self.gives
+                if not (sends and self.is_shifted) or key in self.passing:
+                    return
+                if key.now() is not None:  # (or else it may be one of what is below, too)
+                    self.activation, self.passing = key, frozenset((key,))
+                    keys = list(self.sources)  # (to later ones nothing flows)
+                    self.sources = {other: self.sources[other] for other in keys[: keys.index(key) + 1]}
                     return
 
 
@@ -181,7 +184,7 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
 
 
 def _sources(note: Note, is_own: bool = True, held: Tensor | None = None) -> dict[Note, _Source]:
-    """What a tensor is a function of, entry by entry, as long as it is there; at last itself, if ``is_own``."""
+    """What a tensor is a function of, entry by entry; at last itself, if ``is_own``."""
     below = dict[Note, _Source]()
     if isinstance(note.parts, _Entrywise):
         below = note.parts.sources
@@ -189,9 +192,9 @@ def _sources(note: Note, is_own: bool = True, held: Tensor | None = None) -> dic
         read = list[Note]()
         changed(note.call, read.append, Note)
         below = _common(note.call, {one: _sources(one) for one in read})
-    there = {key: source for key, source in below.items() if key.now() is not None}
-    tensor = note.now() if is_own else None
-    return there if tensor is None or tensor.is_complex() else {**there, note: _Source(held=held)}
+    tensor = note.tensor()
+    is_complex = tensor is not None and tensor.is_complex()
+    return {**below, note: _Source(held=held)} if is_own and not is_complex else below
 
 
 def _common(call: Any, read: Mapping[Note, Mapping[Note, _Source]]) -> dict[Note, _Source]:
@@ -381,6 +384,15 @@ def _bounded(values: Tensor) -> int:
     if len(values) < 2 or not holds(lambda: _is_flat(values[:2]) & _is_flat(values[-2:])):
         return 0
     return Born.ACTIVATION | Born.GATING | (Born.SQUASHED if holds(lambda: (values >= 0).all()) else Born.BALANCED)
+
+
+def _power(values: Tensor) -> int:
+    """What is known of results of an activation that is a power of positive numbers: whether it divides by them."""
+    positive = values[len(_AMOUNTS) + 1 :]
+    quotients = positive[1:] / positive[:-1]
+    if not holds(lambda: ((quotients - quotients[0]).abs() <= 1e-6).all() & ((quotients[0] - 1).abs() > 1e-6)):
+        return 0
+    return Born.DIVISOR if holds(lambda: quotients[0] < 1) else Born.ACTIVATION
 
 
 def _is_flat(values: Tensor) -> Tensor:

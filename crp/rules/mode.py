@@ -219,8 +219,8 @@ class SeeingMode(TorchFunctionMode):
             made = _entrywise(op, self.notes, begins=False)
         if made is None:
             return passed | (Born.ACTIVATION if is_joined else 0)
-        if is_bounded and not op.flags & Born.SQUASHED and (bounded := made.bounded()) is not None:
-            passed = passed & ~(Born.SQUASHED | (Born.EXPONENTIAL if bounded else 0)) | bounded
+        if is_bounded and not op.flags & Born.SQUASHED and (born := made.of_numbers()) is not None:
+            passed = passed & ~(_OF_NUMBERS if born else Born.SQUASHED) | born
         if made.is_softmax and made.axis is None:
             passed &= ~(Born.SOFTMAX | Born.LOGARITHM)
         return passed | (made.gives or 0) | (Born.ACTIVATION if is_joined and made.gives != 0 else 0)
@@ -381,6 +381,8 @@ class SeeingMode(TorchFunctionMode):
         return ""
 
 
+#: What is not known of exponentials that are bounded, or powers.
+_OF_NUMBERS = Born.SQUASHED | Born.EXPONENTIAL | Born.GATING
 #: Functions that are exponentials, or make gates of them.
 _OF_EXPONENTIALS = frozenset(("div", "exp", "exp2", "pow", "rdiv", "reciprocal", "rpow"))
 #: Functions that give an index.

@@ -107,6 +107,8 @@ DIVISORS = {
     "rsqrt": lambda s: s.rsqrt(),
     "power": lambda s: s**-0.5,
     "power of numpy": lambda s: s ** np.float32(-0.5),
+    "exponential": lambda s: torch.exp(-torch.log(s) / 2),
+    "one over an exponential": lambda s: 1 / torch.exp(torch.log(s) * 0.5),
 }
 #: Statistics that are divided by something, and are none of these.
 DIVIDED = {
@@ -317,6 +319,10 @@ def test_a_broadcast_gate_that_is_one_over_something_is_a_gate(gate, kind):
 #: Quotients as products.
 DIVIDING = {
     "number over": (lambda a, b: a * (1 / b), lambda a, b: a / b),
+    "exponential": (
+        lambda a, b: a / torch.exp(torch.log(b.square().mean(1, keepdim=True)) / 2),
+        lambda a, b: a / b.square().mean(1, keepdim=True).sqrt(),
+    ),
     "power": (lambda a, b: b**-1 * a, lambda a, b: a / b),
     "rsqrt": (lambda a, b: a * (b * b + 1).rsqrt(), lambda a, b: a / (b * b + 1).sqrt()),
     "repeated": (

@@ -145,10 +145,6 @@ SPELLINGS = {
         "rest_of_a_mask": lambda a: a * ~((a <= 0) | (a >= 6)) + 6 * (a >= 6).int(),
         "stacks": lambda a: torch.stack([F.relu(a), torch.full_like(a, 6)]).amin(0),
     },
-    one_more_elu: {
-        "where": lambda a: torch.where(a > 0, a + 1, a.exp()),
-        "two_parts": lambda a: F.relu(a) + torch.exp(-F.relu(-a)),
-    },
     shifted_softplus: {"log": lambda a: torch.log(0.5 * a.exp() + 0.5)},
     log_of_relu: {"log": lambda a: torch.log(1 + F.relu(a))},
     snake: {
@@ -162,8 +158,8 @@ SPELLINGS = {
     torch.tanh: {"by_exp": lambda a: 1 - 2 / (1 + (2 * a).exp())},
     one_more_softsign: {"by_abs": lambda a: 1 + a / (1 + a.abs())},
 }
-#: Functions of one tensor by softmax, beside numbers or what else is made of it.
-SOFTMAXES = {
+#: Functions of one tensor by softmax, beside numbers or what else is made of it; and by numbers beside exponentials.
+BY_EXPONENTIALS = {
     "one": (torch.sigmoid, lambda a: torch.softmax(torch.stack([a, torch.zeros_like(a)], -1), -1)[..., 0]),
     "halves": (torch.sigmoid, lambda a: torch.stack([-a / 2, a / 2]).softmax(0)[1]),
     "columns": (torch.sigmoid, lambda a: torch.cat([a[..., None], ZERO.expand(3, 6, 1)], -1).softmax(-1).select(-1, 0)),
@@ -171,6 +167,8 @@ SOFTMAXES = {
     "in_chunks": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).chunk(2, 1)[0].squeeze(1)),
     "rest": (torch.sigmoid, lambda a: 1 - torch.stack([a, 0 * a], 1).softmax(1)[:, 1]),
     "logarithm": (F.logsigmoid, lambda a: torch.stack([a, 0 * a], -1).log_softmax(-1)[..., 0]),
+    "one_more_elu": (one_more_elu, lambda a: torch.where(a > 0, a + 1, a.exp())),
+    "one_more_elu_in_two_parts": (one_more_elu, lambda a: F.relu(a) + torch.exp(-F.relu(-a))),
     "of_sum": (F.softplus, lambda a: torch.stack([a, ZERO.expand_as(a)]).logsumexp(0)),
 }
 #: Those that are no gates where gates are held constant.
@@ -193,9 +191,9 @@ def test_an_activation_is_the_same_however_it_is_written(name, preset):
 
 
 @pytest.mark.parametrize("kind", [composites.EpsilonPlus, composites.CPLRP, composites.AttnLRP, composites.RelP])
-@pytest.mark.parametrize("name", SOFTMAXES)
-def test_a_softmax_of_one_tensor_beside_numbers_is_an_activation(name, kind):
-    plain, spelled = (seeded(Net(activation)) for activation in SOFTMAXES[name])
+@pytest.mark.parametrize("name", BY_EXPONENTIALS)
+def test_exponentials_of_one_tensor_beside_numbers_are_an_activation(name, kind):
+    plain, spelled = (seeded(Net(activation)) for activation in BY_EXPONENTIALS[name])
     assert_same_map(spelled, plain, DATA, kind())
     assert_closes(spelled, DATA, kind())
 
