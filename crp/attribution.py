@@ -34,10 +34,10 @@ from crp.engine.results import one_ahead, sum_of_channels
 from crp.engine.settings import Overrides, Settings
 from crp.engine.targets import initial_relevance
 from crp.errors import InputTypeError
-from crp.flags import check_flags
+from crp.flags import check_flags, check_function
 from crp.layers import differentiable
 from crp.layers.devices import _device_of
-from crp.notices import warn
+from crp.notices import kind_of, warn
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
 #: Masks of channels, which are axis 1 to them.
@@ -111,8 +111,7 @@ class CondAttribution:
         no_param_grad: bool = True, *, output: Callable[[Any], Tensor] | None = None,
     ) -> None:  # fmt: skip
         check_flags(overwrite_data_grad=overwrite_data_grad, no_param_grad=no_param_grad)
-        if output is not None and not callable(output):
-            raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
+        check_function("output", output, "what the model returns")
         self.MODEL_OUTPUT_NAME = "y"
         self.model = differentiable(model)
         self.device = check_device(device, "device") or _device_of(self.model)
@@ -383,7 +382,7 @@ class CondAttribution:
         chosen: Any = self.output(output)
         listed = chosen if isinstance(chosen, list) else [chosen]
         if not listed or not all(isinstance(tensor, Tensor) for tensor in listed):
-            raise InputTypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
+            raise InputTypeError(f"output must return the tensor to explain; it returned {kind_of(chosen)}")
         return cast(Tensor, chosen)
 
     @staticmethod

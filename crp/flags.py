@@ -1,4 +1,4 @@
-"""Check of settings that are on or off."""
+"""Checks of settings that are on or off, or functions."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not is_flag(value):
             raise InputTypeError(f"{name} must be True or False, not {value!r}")
+
+
+def check_function(name: str, value: object, of: str) -> None:
+    """Raise a `TypeError` if ``value`` is neither a function nor None; ``of`` says what it is given."""
+    if value is not None and not callable(value):
+        raise InputTypeError(f"{name} must be a function of {of}, or None; not {value!r}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crp.checks import check_choice
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError, StateError
+from crp.notices import kind_of
 
 
 class Element(tuple[int, ...]):
@@ -154,8 +155,7 @@ def segmentation(
     def scores(returned: Any) -> Tensor:
         logits = returned if key is None else _entry(returned, key)
         if not isinstance(logits, Tensor) or logits.dim() < 3:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InputTypeError(f"a segmentation has logits of shape (batch, classes, *space), not {shape}")
+            raise InputTypeError(f"a segmentation has logits of shape (batch, classes, *space), not {kind_of(logits)}")
         kept = torch.ones_like(logits, dtype=torch.bool)
         if where == "own":
             kept = logits.detach() == logits.detach().amax(1, keepdim=True)
@@ -385,7 +385,7 @@ def _entry(returned: Any, key: str | int) -> Any:
         return returned[key]
     if isinstance(key, int) or not hasattr(returned, key):
         raise InputTypeError(
-            f"the model returns a {type(returned).__name__}, which has no {key!r}; name the logits, or give key=None "
+            f"the model returns {kind_of(returned)}, which has no {key!r}; name the logits, or give key=None "
             "if it returns them themselves"
         )
     return getattr(returned, key)

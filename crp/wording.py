@@ -19,7 +19,7 @@ def counted(n: int, thing: str, things: str = "") -> str:
 
 
 def percent(share: float) -> str:
-    """Share as text: ``0.1234`` is ``12.3 %``, and ``0.0004`` is ``0.04 %``."""
-    value = 100 * share
-    digits = 1 if abs(value) >= 0.95 else 2 if abs(value) >= 0.005 else 0
-    return f"{value if digits else 0:.{digits}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
+    """Share as text: ``0.1234`` is ``12.3 %``, ``0.0004`` is ``0.04 %``, and ``0.00001`` is ``< 0.01 %``."""
+    size, few = abs(100 * share), "< 0.01" if share > 0 else "> -0.01"
+    text = few if 0 < size < 0.005 else f"{100 * share if size else 0:.{1 if size >= 0.95 else 2 if size else 0}f}"
+    return f"{text} %".replace("-", "\N{MINUS SIGN}").replace(" ", "\N{NO-BREAK SPACE}")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from crp.checks import check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, InputTypeError
+from crp.notices import kind_of
 
 Named = Literal["blur", "median", "mean", "noise"]
 Background: TypeAlias = str | float | Tensor | Callable[[Tensor], Tensor]
@@ -112,7 +113,7 @@ def make_background(
         return mean + deviation * draw.to(data.device)
     filled = background(data) if callable(background) else background
     if not isinstance(filled, Tensor | float | int):
-        raise InputTypeError(f"a background must give a tensor or a number, not a {type(filled).__name__}")
+        raise InputTypeError(f"a background must give a tensor or a number, not {kind_of(filled)}")
     filled = torch.from_numpy(as_numbers("the background", filled)).to(data)
     try:
         return filled.expand_as(data)

@@ -25,8 +25,8 @@ from crp.engine.encoding import Encoding
 from crp.engine.inputs import Data, Inputs, Tensors
 from crp.engine.masks import apply_masks, row_masks
 from crp.engine.taps import check_layers
-from crp.errors import InputError, InputTypeError
-from crp.flags import check_flags
+from crp.errors import InputError
+from crp.flags import check_flags, check_function
 from crp.layers import modules_of, unwrap
 from crp.layers.addresses import Address
 
@@ -85,8 +85,7 @@ class LayerCAM(Attributor):
         )  # fmt: skip
         check_choice("interpolation", interpolation, Interpolation)
         check_layers(unwrap(model), [layer], "layer")
-        if reshape is not None and not callable(reshape):
-            raise InputTypeError(f"reshape must be a function of the layer's output, not {reshape!r}")
+        check_function("reshape", reshape, "the layer's output")
         self.layer, self.relu, self.interpolation, self.reshape = layer, relu, interpolation, reshape
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from crp.attributors.catalogue import Entry, Method, entries
 from crp.attributors.gradient import Gradient
 from crp.attributors.scores import known_target
-from crp.attributors.selected import Selected, checked_output
+from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Neuron, Target
 from crp.checks import check_number
 from crp.composites.registry import ALIASES, find_known, nearest_names
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_function
 from crp.wording import shortened
 
 #: What methods are called elsewhere.
@@ -96,7 +97,7 @@ def explain(
     torch.Size([5, 3])
     """
     entry = _entry(method)
-    checked_output(output)
+    check_function("output", output, "what the model returns")
     if neuron is not None:
         if target is not None:
             raise InputError(f"target {target!r} and neuron {neuron!r} are both given; one can be explained")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from crp.attributors.target import Target
 from crp.errors import InputTypeError
+from crp.notices import kind_of
 from crp.types import MaskFn
 
 
@@ -32,11 +33,11 @@ class Selected(Target):
         chosen = self.output(returned)
         if isinstance(chosen, list | tuple):
             raise InputTypeError(
-                f"output returned a {type(chosen).__name__}, such as of boxes in any number; here it must return one "
+                f"output returned {kind_of(chosen)}, such as of boxes in any number; here it must return one "
                 "tensor, (samples, classes, ...): name a box, as in crp.outputs.detection(box=0)"
             )
         if not isinstance(chosen, Tensor):
-            raise InputTypeError(f"output must return the tensor to explain; it returned a {type(chosen).__name__}")
+            raise InputTypeError(f"output must return the tensor to explain; it returned {kind_of(chosen)}")
         if chosen.dim() == 0:
             raise InputTypeError("output must return a tensor with a row for each sample; it returned one of shape ()")
         return chosen
@@ -60,11 +61,3 @@ class Selected(Target):
     def rows(self, index: Tensor) -> Target:
         """Target of some samples."""
         return Selected(self.target.rows(index), self.output)
-
-
-def checked_output(output: Any) -> Callable[[Any], Any] | None:
-    """Function of what a model returns, or None; a TypeError for anything else."""
-    if output is not None and not callable(output):
-        raise InputTypeError(f"output must be a function of what the model returns, or None; not {output!r}")
-    checked: Callable[[Any], Any] | None = output
-    return checked

@@ -22,6 +22,7 @@ from crp.engine.targets import (
     initial_relevance,
 )
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.notices import kind_of
 from crp.types import MaskFn
 from crp.wording import shortened
 
@@ -253,10 +254,9 @@ class Score(Target):
         """Value of the function."""
         scores = self.function(output)
         if not isinstance(scores, Tensor) or scores.shape != output.shape[:1]:
-            what = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise InputError(
-                f"the target, a function, returned {what} for an output of {tuple(output.shape)}; it must return one "
-                f"score for each row, ({len(output)},); with batch_size, rows are some of the samples"
+                f"the target, a function, returned {kind_of(scores)} for an output of {tuple(output.shape)}; it must "
+                f"return one score for each row, ({len(output)},); with batch_size, rows are some of the samples"
             )
         return scores
 
@@ -339,9 +339,8 @@ class Start(Target):
         try:
             return factors.expand_as(output)
         except (AttributeError, RuntimeError):
-            what = f"shape {tuple(factors.shape)}" if isinstance(factors, Tensor) else f"a {type(factors).__name__}"
             raise InputError(
-                f"attr_output gives {what} for an output of {tuple(output.shape)}; these must agree"
+                f"attr_output gives {kind_of(factors)} for an output of {tuple(output.shape)}; these must agree"
             ) from None
 
     def rows(self, index: Tensor) -> Target:

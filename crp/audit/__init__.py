@@ -3,6 +3,7 @@
 from crp.audit.auditing import AuditedSample, audit, audit_table, save_audit
 from crp.audit.clustering import Clusters, clusters, export_corelay, save_clusters, with_concepts
 from crp.audit.collect import Collected, collect
+from crp.audit.comparing import Comparison, LayerComparison, compare
 from crp.audit.context import Contexts, context_scores, contexts, inside_boxes
 from crp.audit.correcting import Effect, effect, penalty, project, prune
 from crp.audit.heatmaps import keep_heatmaps, kept_heatmaps
@@ -16,9 +17,11 @@ __all__ = [
     "AuditedSample",
     "Clusters",
     "Collected",
+    "Comparison",
     "Contexts",
     "Effect",
     "Interventions",
+    "LayerComparison",
     "Match",
     "Meanings",
     "Prototypes",
@@ -27,6 +30,7 @@ __all__ = [
     "clarity",
     "clusters",
     "collect",
+    "compare",
     "context_scores",
     "contexts",
     "effect",

@@ -18,6 +18,7 @@ from crp.concepts import Concept, as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.engine.inputs import check_data
 from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.notices import kind_of
 from crp.visualization.analysis import RowSelection
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -125,7 +126,7 @@ def audit(
     check_data(data)
     check_number("k", k, 0, whole=True)
     if not isinstance(found, Prototypes):
-        raise InputTypeError(f"found must be what prototypes(table, layer) gives, not a {type(found).__name__}")
+        raise InputTypeError(f"found must be what prototypes(table, layer) gives, not {kind_of(found)}")
     name = attribution.MODEL_OUTPUT_NAME
     targets = predicted_by(attribution, Asked.of(data, None)) if targets is None else targets
     classes = _one_for_each(targets, len(data), "targets")

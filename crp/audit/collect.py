@@ -18,6 +18,7 @@ from crp.concepts.ids import as_ids, check_axis
 from crp.concepts.reading import LayerValues
 from crp.engine.door import check_attribution
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_function
 from crp.visualization.mining.datasets import indexed, read
 
 
@@ -93,8 +94,7 @@ def collect(
         check_number(name, number, 1, whole=True)
     check_number("seed", seed, 0, whole=True)
     check_axis(axis)
-    if preprocess is not None and not callable(preprocess):
-        raise InputTypeError(f"preprocess must be a function, not {preprocess!r}")
+    check_function("preprocess", preprocess, "samples")
     dataset = indexed(dataset)
     rng = np.random.default_rng(seed)
     classes = _classes(dataset, labels)

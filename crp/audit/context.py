@@ -18,6 +18,7 @@ from crp.audit.tested import read_samples
 from crp.checks import check_number
 from crp.concepts import Concept, mask_of
 from crp.errors import InputError, InputTypeError
+from crp.notices import kind_of
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -64,7 +65,7 @@ def context_scores(
     check_number("batch_size", batch_size, 1, whole=True)
     ids = _named_concepts(concept_ids, layer)
     if not isinstance(inside, Tensor):
-        raise InputTypeError(f"inside must be a boolean tensor, of the heatmaps' shape, not a {type(inside).__name__}")
+        raise InputTypeError(f"inside must be a boolean tensor, of the heatmaps' shape, not {kind_of(inside)}")
     if len(targets) != len(data) or len(inside) != len(data):
         raise InputError(f"{len(targets)} targets and {len(inside)} masks are given for {len(data)} samples")
     conditions = [{attribution.MODEL_OUTPUT_NAME: target, layer: [i]} for target in targets for i in ids]
@@ -183,7 +184,7 @@ def inside_boxes(boxes: Tensor, shape: Sequence[int]) -> Tensor:
              [0, 0, 0, 0]]], dtype=torch.int32)
     """
     if not isinstance(boxes, Tensor):
-        raise InputTypeError(f"boxes must be a tensor of shape (boxes, 4), not a {type(boxes).__name__}")
+        raise InputTypeError(f"boxes must be a tensor of shape (boxes, 4), not {kind_of(boxes)}")
     if boxes.dim() != 2 or boxes.shape[1] != 4 or len(shape) != 2:
         raise InputError(
             f"boxes must be of shape (boxes, 4), and shape be height and width; they are {tuple(boxes.shape)} and "

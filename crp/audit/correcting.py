@@ -28,6 +28,7 @@ from crp.concepts.reading import LayerValues, relevance_sums
 from crp.errors import InputError, InputTypeError, StateError
 from crp.layers import ByChainRule, Followed, find_layers, put_behind
 from crp.layers.interrupts import atomic
+from crp.notices import kind_of
 
 
 @atomic
@@ -99,7 +100,7 @@ def prune(
     if share > 1:
         raise InputError(f"share must be between 0 and 1, not {share}")
     if not isinstance(scores, Mapping):
-        raise InputTypeError(f"scores must be given by layer, as in {{'features.3': scores}}, not in a {type(scores)}")
+        raise InputTypeError(f"scores must be given by layer, as in {{'features.3': scores}}, not in {kind_of(scores)}")
     check_axis(axis)
     arrays = {layer: as_numbers(f"scores[{layer!r}]", values).reshape(-1) for layer, values in scores.items()}
     ranked = sorted((value, layer, i) for layer, values in arrays.items() for i, value in enumerate(values.tolist()))
@@ -248,9 +249,7 @@ def effect(
             )
         before, after = measure(attribution), measure(correction)
     elif not isinstance(correction, AbstractContextManager):
-        raise InputTypeError(
-            f"correction must be a context, such as project(...), or a CondAttribution: {correction!r}"
-        )
+        raise InputTypeError(f"correction must be a context, as of project, or a CondAttribution, not {correction!r}")
     else:
         before = measure(attribution)
         with correction:
@@ -270,9 +269,8 @@ def _direction(direction: Any, axis: int) -> Tensor:
 def _check_channels(output: Any, n: int, axis: int, given: str) -> None:
     """Raise an error unless a layer's output has ``n`` channels along an axis."""
     if not isinstance(output, Tensor):
-        raise InputTypeError(f"the layer returns a {type(output).__name__}, and no tensor that has channels")
-    has_axis = -output.dim() <= axis < output.dim()
-    if not has_axis or output.shape[axis] != n:
+        raise InputTypeError(f"the layer returns {kind_of(output)}, and no tensor that has channels")
+    if not -output.dim() <= axis < output.dim() or output.shape[axis] != n:
         raise InputError(
             f"{given.format(n)}; the layer's output is {tuple(output.shape)}, with channels on axis {axis}"
         )
@@ -299,8 +297,8 @@ class _Projection(ByChainRule):
         if self.when is not None:
             chosen = self.when(output.detach())
             if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != output.shape[:1]:
-                kind = type(chosen).__name__
-                found = f"{chosen.dtype} of shape {tuple(chosen.shape)}" if isinstance(chosen, Tensor) else f"a {kind}"
+                is_tensor = isinstance(chosen, Tensor)
+                found = f"{chosen.dtype} of shape {tuple(chosen.shape)}" if is_tensor else kind_of(chosen)
                 raise InputError(
                     f"when must return a boolean tensor of shape ({len(output)},), which says of each sample whether "
                     f"it is corrected; it returned {found}"

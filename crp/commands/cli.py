@@ -11,6 +11,7 @@ from crp import __version__
 from crp.commands import attribute as attribute_commands
 from crp.commands import check as check_commands
 from crp.commands import classes as class_commands
+from crp.commands import compare as compare_commands
 from crp.commands import layers as layers_commands
 from crp.commands import mine as mine_commands
 from crp.commands import report as report_commands
@@ -68,6 +69,7 @@ cli.add_command(table_commands.merge_command)
 cli.add_command(class_commands.prototypes_command)
 cli.add_command(class_commands.audit_command)
 cli.add_command(class_commands.clusters_command)
+cli.add_command(compare_commands.compare_command)
 cli.add_command(report_commands.report_command)
 
 

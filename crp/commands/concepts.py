@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from crp.concepts import Concept
 
 
-def read_word(word: str, *, any_axis: bool = True) -> tuple[str, Concept | None]:
+def _read_word(word: str, *, any_axis: bool = True) -> tuple[str, Concept | None]:
     """Pattern of layers that a word of ``--layers`` names, and their concept, if it says one behind a colon.
 
     ``"NAME:heads=12"`` has one for each of 12 equal groups of the last axis, and ``"NAME:axis=1"`` one for each place
@@ -39,7 +39,7 @@ def read_word(word: str, *, any_axis: bool = True) -> tuple[str, Concept | None]
 
 
 def concepts_of_layers(model: nn.Module, words: Mapping[str, Sequence[str]], sample: Any) -> dict[str, Concept]:
-    """Concepts of the layers that each word names: what `read_word` says, or channels along the axis where they are.
+    """Concepts of the layers that each word names: what `_read_word` says, or channels along the axis where they are.
 
     ``sample`` is what `first_sample` gives.
     """
@@ -50,7 +50,7 @@ def concepts_of_layers(model: nn.Module, words: Mapping[str, Sequence[str]], sam
     found: dict[str, Concept] = {}
     open_ones: list[str] = []
     for word, layers in words.items():
-        _, concept = read_word(word)
+        _, concept = _read_word(word)
         if concept is None:
             open_ones += layers
         else:

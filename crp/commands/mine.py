@@ -196,7 +196,7 @@ def _open_data(data: str, decode: str) -> Any:
     source = open_source(data)
     if decode == "device" and not isinstance(source, Path):
         raise CommandError(
-            f"--decode device is for a folder of pictures, and --data {data} gives a {type(source).__name__}; a "
+            f"--decode device is for a folder of pictures, and --data {data} gives {type(source).__name__}; a "
             "dataset of files may be a crp.visualization.Decoded, without this option"
         )
     return source

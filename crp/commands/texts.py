@@ -33,17 +33,17 @@ class Asking(NamedTuple):
 
 
 def concepts_of_texts(loaded: Loaded, wanted: Sequence[str]) -> dict[str, Concept]:
-    """Concepts of layers of shape (samples, tokens, features), by the words of ``--layers`` (`read_word`).
+    """Concepts of layers of shape (samples, tokens, features), by the words of ``--layers`` (`_read_word`).
 
     ``"h.*.mlp.act"`` has a concept for each feature, ``"h.*.attn.c_proj.input:heads=12"`` one for each head.
     """
-    from crp.commands.concepts import read_word
+    from crp.commands.concepts import _read_word
     from crp.commands.loading import _find_layers
     from crp.concepts import AxisConcept
 
     found: dict[str, Concept] = {}
     for word in wanted:
-        pattern, concept = read_word(word, any_axis=False)
+        pattern, concept = _read_word(word, any_axis=False)
         for name in _find_layers(loaded, [pattern]):
             found[name] = AxisConcept(-1) if concept is None else concept
     return found

@@ -87,5 +87,5 @@ def _plain(key: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(key, entry) for entry in value]
     raise InputTypeError(
-        f"the keyword {key!r} of the composite holds a {type(value).__name__}, which cannot be described by value"
+        f"the keyword {key!r} of the composite is of {type(value).__name__}, which cannot be described by value"
     )

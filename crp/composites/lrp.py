@@ -9,9 +9,7 @@ propagation: an overview" (2019), section 10.3; the flat first layer is Lapuschk
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
 from zennit.types import Convolution, Linear
@@ -159,38 +157,15 @@ class LRP(_OfDegreeOne):
             )
 
 
-class _OnConvolutions(LRP):
-    """ε on dense layers, and another rule on convolutions."""
+class _Table(TypedDict, total=False):
+    """Rules of a preset beside ε, as arguments of `LRP`."""
 
-    #: Makes the rule, of stabilizer, ``zero_params`` and ``empty``.
-    _convolution: ClassVar[Callable[..., Rule]]
-
-    def __init__(
-        self,
-        canonizers: Canonizers = "auto",
-        epsilon: Stabilize = 1e-6,
-        stabilizer: Stabilize = 1e-6,
-        layer_map: LayerMap = (),
-        zero_params: Names = None,
-        empty: Empty = "drop",
-        gates: Gates = "signal",
-        attention: Attention = "constant",
-    ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            convolution=self._convolution(stabilizer, zero_params, empty=empty),
-            dense=Epsilon(epsilon, zero_params),
-        )
+    first: Rule
+    convolution: Rule
 
 
-class _FlatAtInput(LRP):
-    """ε on dense layers, another rule on convolutions, and flat on the first layer."""
-
-    _convolution: ClassVar[Callable[..., Rule]]
+class _EpsilonPreset(LRP):
+    """ε on dense layers, and what else the table of a preset says."""
 
     def __init__(
         self,
@@ -211,14 +186,17 @@ class _FlatAtInput(LRP):
             gates=gates,
             attention=attention,
             zero_params=zero_params,
-            convolution=self._convolution(stabilizer, zero_params, empty=empty),
             dense=Epsilon(epsilon, zero_params),
-            first=Flat(stabilizer),
+            **self._table(stabilizer, zero_params, empty),
         )
+
+    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+        """Rules of the preset."""
+        raise NotImplementedError
 
 
 @register("epsilon_plus")
-class EpsilonPlus(_OnConvolutions):
+class EpsilonPlus(_EpsilonPreset):
     """z⁺ on convolutions, ε on dense layers.
 
     Parameters
@@ -232,6 +210,8 @@ class EpsilonPlus(_OnConvolutions):
         Parameters that count as zero in the rules, such as ``"bias"``.
     layer_map : list of (what, rule)
         Rules that come before those of the preset.
+    first_map : list of (types, rule)
+        Rules for the first layer that come before those of the preset.
     empty : "drop" or "epsilon"
         What becomes of relevance at outputs without a positive part; see `crp.rules.ZPlus`.
     gates : "signal" or "split"
@@ -240,51 +220,53 @@ class EpsilonPlus(_OnConvolutions):
         As in `LRP`.
     """
 
-    _convolution = ZPlus
+    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+        return {"convolution": ZPlus(stabilizer, zero_params, empty=empty)}
 
 
 @register("epsilon_plus_flat")
-class EpsilonPlusFlat(_FlatAtInput):
+class EpsilonPlusFlat(_EpsilonPreset):
     """z⁺ on convolutions, ε on dense layers, flat on the first.
 
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon, stabilizer, layer_map, zero_params, empty, gates, attention
+    epsilon, stabilizer, layer_map, first_map, zero_params, empty, gates, attention
         As in `EpsilonPlus`.
-    first_map : list of (types, rule)
-        Rules for the first layer that come before flat.
     """
 
-    _convolution = ZPlus
+    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+        return {"first": Flat(stabilizer), "convolution": ZPlus(stabilizer, zero_params, empty=empty)}
 
 
 @register("epsilon_alpha2_beta1")
-class EpsilonAlpha2Beta1(_OnConvolutions):
+class EpsilonAlpha2Beta1(_EpsilonPreset):
     """αβ with α = 2 and β = 1 on convolutions, ε on dense layers.
 
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
-    epsilon, stabilizer, layer_map, zero_params, empty, gates, attention
+    epsilon, stabilizer, layer_map, first_map, zero_params, empty, gates, attention
         As in `EpsilonPlus`.
     """
 
-    _convolution = staticmethod(partial(AlphaBeta, 2.0, 1.0))
+    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+        return {"convolution": AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty)}
 
 
 @register("epsilon_alpha2_beta1_flat")
-class EpsilonAlpha2Beta1Flat(_FlatAtInput):
+class EpsilonAlpha2Beta1Flat(_EpsilonPreset):
     """αβ with α = 2 and β = 1 on convolutions, ε on dense layers, flat on the first.
 
     Parameters
     ----------
     canonizers : "auto", list of zennit.canonizers.Canonizer, or None
     epsilon, stabilizer, layer_map, first_map, zero_params, empty, gates, attention
-        As in `EpsilonPlusFlat`.
+        As in `EpsilonPlus`.
     """
 
-    _convolution = staticmethod(partial(AlphaBeta, 2.0, 1.0))
+    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+        return {"first": Flat(stabilizer), "convolution": AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty)}
 
 
 @register("epsilon_gamma_box")
@@ -300,7 +282,7 @@ class EpsilonGammaBox(LRP):
     gamma : float
         γ of the convolutions.
     epsilon, stabilizer, layer_map, first_map, zero_params, gates, attention
-        As in `EpsilonPlusFlat`.
+        As in `EpsilonPlus`.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from crp.composites.matching import Matching, SeenOperation
 from crp.composites.places import Places
 from crp.composites.references import _ReferenceCalls
 from crp.composites.selection import MapEntry
-from crp.errors import InputTypeError, StateError
+from crp.errors import StateError
 from crp.layers import on_reference
 from crp.notices import warn
 from crp.rules.account import Shares
@@ -221,16 +221,16 @@ class Operations(SeeingMode):
             layer.place = self.place() or self.places.names().get(id(module), "")
             note = self.notes.of(inputs[0]) if inputs else None
             written = [tensor for tensor in inputs if whole.copies[id(tensor)]._version]
-            if any(output.data_ptr() != whole.copies[id(t)].data_ptr() or output.shape != t.shape for t in written):
-                raise InputTypeError(
-                    f"{layer} changes its input in place and returns another tensor, so that it cannot count as one "
-                    "function. Map rules to the layers or functions inside it"
-                )
             result = self.by_rule(whole.choice, layer)
             keeps = 0 if note is None or next(module.parameters(), None) is not None else note.flags & FIRST
             for tensor in written:
-                result = overwritten(tensor, result)
-                self.notes.add_written(tensor, keeps | whole.known.gives)
+                copy = whole.copies[id(tensor)]
+                if output.data_ptr() == copy.data_ptr() and output.shape == copy.shape:
+                    result = overwritten(tensor, result)
+                    self.notes.add_written(tensor, keeps | whole.known.gives)
+                else:
+                    with torch.no_grad():  # (what reads it from here on is refused)
+                        tensor.copy_(copy)
             self.notes.add(result, keeps | whole.known.gives)
             return result
         finally:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crp.errors import InputError, InputTypeError, OutOfRangeError
+from crp.notices import kind_of
 from crp.wording import shortened
 
 
@@ -61,8 +62,8 @@ def _masked(relevance: Any, mask: object) -> Tensor:
     """
     if not isinstance(relevance, Tensor):
         raise InputTypeError(
-            "relevance must be the tensor of one layer, such as result.relevances['features.40'], not a "
-            f"{type(relevance).__name__}"
+            "relevance must be the tensor of one layer, such as result.relevances['features.40'], not "
+            f"{kind_of(relevance)}"
         )
     if mask is None:
         return relevance

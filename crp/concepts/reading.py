@@ -13,7 +13,7 @@ from crp.concepts.axes import AxisConcept
 from crp.concepts.base import Concept, mask_of
 from crp.concepts.scores import ConceptScores, by_position, scores_of
 from crp.errors import ConceptError, InputTypeError, NameNotFoundError
-from crp.notices import warn
+from crp.notices import kind_of, warn
 from crp.types import AttributionResults
 
 
@@ -188,10 +188,9 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
     for concept_id in ids:
         masked = make(0, [concept_id], layer_name)(flows.clone())
         if not isinstance(masked, Tensor) or masked.shape != flows.shape:
-            found = f"a tensor of {tuple(masked.shape)}" if isinstance(masked, Tensor) else f"a {type(masked).__name__}"
             raise ConceptError(
                 f"layer {layer_name!r}: the function that {type(concept).__name__}.mask returns must return the masked "
-                f"gradient, of {tuple(flows.shape)}; it returns {found}"
+                f"gradient, of {tuple(flows.shape)}; it returns {kind_of(masked)}"
             )
         let_through.append((counted * masked).sum(dtype=dtype))
     for concept_id, kept in zip(ids, torch.stack(let_through).tolist(), strict=True):

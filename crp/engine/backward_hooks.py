@@ -24,6 +24,7 @@ from crp.engine.module_hooks import _owner_of
 from crp.errors import StateError
 from crp.layers import modules_of
 from crp.layers.lasting import Shared
+from crp.notices import kind_of
 
 _make_handle = RemovableHandle.__init__
 _AccumulateGrad: Any = torch._C._functions.AccumulateGrad
@@ -56,7 +57,7 @@ class _ReadOnly:
         own = returned if isinstance(returned, tuple) else (returned,)
         is_same = len(own) == len(parts[0]) and all(map(lambda one, other: one is other, own, parts[0]))
         if is_written or not (returned is None or is_same):
-            does = "writes to a gradient" if is_written else f"returns a {type(returned).__name__}"
+            does = "writes to a gradient" if is_written else f"returns {kind_of(returned)}"
             raise StateError(
                 f"a backward hook on {self._where} {does}: relevance would not be what it is called. Let the hook read "
                 "and return None, take it off for the call (handle.remove()), put it on where the model is in training "

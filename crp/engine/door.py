@@ -17,7 +17,7 @@ from zennit.core import Composite
 from crp.errors import InputError, InputTypeError
 from crp.layers.devices import _MOVING
 from crp.layers.packed import _is_packed
-from crp.notices import warn
+from crp.notices import kind_of, warn
 from crp.wording import first_few
 
 #: The least number of float16 that has all its digits.
@@ -53,7 +53,7 @@ def check_form(tensor: Tensor, name: str) -> None:
 def check_attribution(attribution: object) -> None:
     """Raise a `TypeError` if this is a model, or anything else that attributes nothing."""
     if isinstance(attribution, nn.Module) or not hasattr(attribution, "generate"):
-        raise InputTypeError(f"attribution must be CondAttribution(model), not a {type(attribution).__name__}")
+        raise InputTypeError(f"attribution must be CondAttribution(model), not {kind_of(attribution)}")
 
 
 def check_device(device: Any, name: str) -> torch.device | None:

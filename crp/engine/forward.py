@@ -18,7 +18,7 @@ from crp.engine.taps import check_layers, outputs_meant, tapped
 from crp.errors import InputError, InputTypeError
 from crp.layers import evaluating, hooked, referencing, unwrap
 from crp.layers.devices import send_to
-from crp.notices import warn
+from crp.notices import kind_of, warn
 from crp.types import AttributionResults, Sinks
 
 #: Begin of the names of sinks; no layer has such a name.
@@ -281,7 +281,7 @@ def tensor_in(output: Any) -> Tensor:
         parts = list(output) if isinstance(output, Mapping) else [*range(len(output))] if type(output) is tuple else []
         of_parts = f", and entry({parts[0]!r}) for one of its parts {parts}" if parts else ""
         raise InputTypeError(
-            f"the model returns a {type(output).__name__}, not a tensor or an object with 'logits'; choose the tensor "
+            f"the model returns {kind_of(output)}, not a tensor or an object with 'logits'; choose the tensor "
             "to explain by output=, of CondAttribution or crp.explain: crp.outputs has segmentation() and detection()"
             + of_parts
         )

@@ -20,7 +20,7 @@ from crp.engine.inputs import Inputs
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import is_flag
 from crp.layers.devices import send_to
-from crp.notices import warn
+from crp.notices import kind_of, warn
 from crp.outputs import Element as Element
 from crp.outputs import Pixels as Pixels
 from crp.outputs import Position as Position
@@ -126,9 +126,7 @@ def _given_relevance(prediction: Tensor, init_rel: Any) -> Tensor:
         given = torch.full_like(prediction, number)
     if not isinstance(given, Tensor):
         if callable(init_rel):
-            raise InputTypeError(
-                f"init_rel is a function that gives a {type(given).__name__}, not a tensor or a number"
-            )
+            raise InputTypeError(f"init_rel is a function that gives {kind_of(given)}, not a tensor or a number")
         raise InputTypeError(f"init_rel must be a tensor, a number or a function, not {_as_kind(given)}")
     if given.is_complex():
         raise InputTypeError(f"init_rel must be real numbers, not {given.dtype}")

@@ -23,6 +23,7 @@ from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
 from crp.image.pixels import Picture, imgify
 from crp.image.reading import _check_shown, as_shown
+from crp.notices import kind_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -229,9 +230,7 @@ def plot_grid(
     if not (cmap_dim is None or (type(cmap_dim) is int and cmap_dim >= 0)):
         raise InputError(f"'cmap_dim' must be 0, 1 or None, got {cmap_dim!r}")
     if not isinstance(ref_c, Mapping):
-        raise InputTypeError(
-            f"'ref_c' must be a dict of pictures, such as {{17: pictures}}, not a {type(ref_c).__name__}"
-        )
+        raise InputTypeError(f"'ref_c' must be a dict of pictures, such as {{17: pictures}}, not {kind_of(ref_c)}")
     if not ref_c:
         raise InputError("'ref_c' is empty: there is nothing to plot")
     heatmap = {"cmap": cmap, "vmin": vmin, "vmax": vmax, "symmetric": symmetric}

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from crp.errors import InputTypeError, NameNotFoundError
 from crp.layers.interrupts import atomic
+from crp.notices import kind_of
 from crp.wording import first_few
 
 _active: ContextVar[object] = ContextVar("crp_trace", default=None)
@@ -64,7 +65,7 @@ def _check_returned(output: object, layer: nn.Module, name: str = "") -> None:
         is_attention = isinstance(layer, nn.MultiheadAttention)
         heads = f", such as {name + '.out_proj.input'!r} for its heads" if name and is_attention else ""
         raise InputTypeError(
-            f"layer{named} ({type(layer).__name__}) returns a {type(output).__name__}, not a tensor; name a layer "
+            f"layer{named} ({type(layer).__name__}) returns {kind_of(output)}, not a tensor; name a layer "
             f"inside it, or after it, that returns one{heads}"
         )
 

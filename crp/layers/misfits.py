@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from crp.errors import CRPError, InputError, InputTypeError, OutOfRangeError
 from crp.layers import modules_of
+from crp.notices import kind_of
 
 
 @contextmanager
@@ -42,7 +43,8 @@ def _misfit(
     """What is wrong with data that a model cannot take, by the layer that raised the error; None if that is unknown."""
     if isinstance(error, TypeError) and (wrong := _wrong_arguments(model, arguments)):
         return InputTypeError(wrong)
-    if isinstance(error, ValueError) and "inputs_embeds" in str(error) and _lacks_decoder_ids(model, arguments):
+    has_decoder = takes_decoder_ids(model) and not any(str(name).startswith("decoder_") for name in arguments)
+    if isinstance(error, ValueError) and "inputs_embeds" in str(error) and has_decoder:
         return InputTypeError(
             "the model has a decoder, and the data have no 'decoder_input_ids' (texts that are mined never have; mine "
             f"its encoder, or a model around it that adds them): {error}"
@@ -56,8 +58,8 @@ def _misfit(
     name = next((name for name, module in known.items() if module is layer), "")
     where = f"layer {name!r} ({type(layer).__name__})"
     if not isinstance(given, Tensor):
-        kinds = ", ".join(f"{key!r} is a {type(value).__name__}" for key, value in arguments.items())
-        return InputTypeError(f"{where} gets a {type(given).__name__} in place of a tensor; of the inputs, {kinds}")
+        kinds = ", ".join(f"{key!r} is {kind_of(value)}" for key, value in arguments.items())
+        return InputTypeError(f"{where} gets {kind_of(given)} in place of a tensor; of the inputs, {kinds}")
     weight = getattr(layer, "weight", None)
     if isinstance(weight, Tensor) and weight.dtype != given.dtype and _size_of(layer)[1] is not None:
         other = f" or model.to({given.dtype})" if given.is_floating_point() else ""
@@ -74,8 +76,7 @@ def _misfit(
             f"{where} has embeddings of the numbers 0 to {layer.num_embeddings - 1} and gets {int(unknown[0])}, for "
             f"data of shape {shapes}"
         )
-    axis, size = _size_of(layer)
-    space = _space_of(layer)
+    (axis, size), space = _size_of(layer), _space_of(layer)
     if space is not None and given.dim() != space + 2:
         return InputError(
             f"{where} takes (samples, {size} channels, {space} axes of space) and gets {tuple(given.shape)}, for data "
@@ -111,13 +112,11 @@ def unknown_ids(ids: Tensor, layer: nn.Embedding) -> Tensor:
     return ids[(ids < 0) | (ids >= layer.num_embeddings)]
 
 
-def _lacks_decoder_ids(model: object, arguments: Mapping[int | str, Any]) -> bool:
-    """Whether a model of Hugging Face takes the ids of its decoder, too, and does not get them."""
+def takes_decoder_ids(model: object) -> bool:
+    """Whether a model of Hugging Face takes the ids of its decoder, too."""
     config, forward = getattr(model, "config", None), getattr(model, "forward", None)
-    return bool(getattr(config, "is_encoder_decoder", False)) and (
-        "decoder_input_ids" in inspect.signature(forward).parameters  # type: ignore[arg-type]
-        and not any(str(name).startswith("decoder_") for name in arguments)
-    )
+    is_of_both = bool(getattr(config, "is_encoder_decoder", False))
+    return is_of_both and "decoder_input_ids" in inspect.signature(forward).parameters  # type: ignore[arg-type]
 
 
 def _wrong_arguments(model: object, arguments: Mapping[int | str, Any]) -> str | None:

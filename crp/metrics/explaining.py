@@ -24,6 +24,7 @@ from crp.engine.inputs import Data
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 from crp.metrics.scoring import Output
+from crp.notices import kind_of
 from crp.wording import shortened
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -65,8 +66,7 @@ def quantus_explain(method: str | Composite | type, *, output: Output = None, **
     (5, 4)
     """
     if isinstance(method, Composite) and options:
-        kind = type(method).__name__
-        raise InputTypeError(f"a composite has no options here, got {sorted(options)}; give them to {kind}")
+        raise InputTypeError(f"a composite has no options here, got {sorted(options)}; give them to {method!r}")
     is_kind = isinstance(method, type) and any("__call__" in vars(base) for base in method.__mro__)
     if not (is_kind or isinstance(method, str | Composite)):
         raise InputTypeError(f"method must be a name, a composite or the class of an attributor, not {method!r}")
@@ -195,5 +195,5 @@ def _explain(
     # Attributors return (output, attribution), as those of zennit do.
     result = getattr(result, "heatmap", result[1] if type(result) is tuple and len(result) == 2 else result)
     if not isinstance(result, Tensor):
-        raise InputTypeError(f"{method!r} gives a {type(result).__name__}, not a tensor, or an object with a heatmap")
+        raise InputTypeError(f"{method!r} gives {kind_of(result)}, not a tensor, or an object with a heatmap")
     return result

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from crp.attributors.scores import ScoreName, check_exclusive, explaining, known_target, score_of, target_of
-from crp.attributors.selected import Selected, checked_output
+from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Target, _Places
 from crp.checks import check_choice, check_number
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Inputs, check_data
 from crp.engine.targets import Element, Pixels, Position
 from crp.errors import InputError, InputTypeError
+from crp.flags import check_function
 
 #: One class for all samples, one for each, or None for what the model predicts.
 Labels: TypeAlias = int | Sequence[int] | Tensor | None
@@ -63,12 +64,11 @@ class Scorer:
         batch_size = check_number("batch_size", batch_size, 1, whole=True)
         asked = target_of(target, len(inputs))
         if asked is not None and not isinstance(asked, Classes | _Places):
-            raise InputTypeError(
-                f"target must be a class, one per sample, or None for what is predicted, not {target!r}"
-            )
+            raise InputTypeError(f"target must be a class, one per sample, or None for those predicted, not {target!r}")
         if isinstance(asked, _Places) and score != "output":
             raise InputError(f"score={score!r} is of classes; that of places in the output is 'output'")
-        self.model, self.score, self.batch_size, self.output = model, score, batch_size, checked_output(output)
+        check_function("output", output, "what the model returns")
+        self.model, self.score, self.batch_size, self.output = model, score, batch_size, output
         check_exclusive(score, output)
         with self._running() as run, torch.no_grad():
             if asked is None:
@@ -83,7 +83,7 @@ class Scorer:
     def classes(self) -> Tensor:
         """Class of each sample, of shape (batch,); a `TypeError` where places are scored."""
         if not isinstance(self.target, Classes):
-            raise InputTypeError("target must be a class, one per sample, or None for what is predicted, not a place")
+            raise InputTypeError("target must be a class, one per sample, or None for those predicted, not a place")
         return self.target.ids.to(self.inputs.explained[0].device)
 
     def _each(self, asked: Classes, scores: Tensor) -> Classes:

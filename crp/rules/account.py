@@ -122,7 +122,7 @@ class _Balance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, sink: Tensor, sign: int) -> Tensor:
         """Return a copy."""
-        ctx.save_for_backward(a)
+        ctx.save_for_backward(a.clone() if sign < 0 else a)  # (the model may write over an operand later)
         ctx.sign, ctx.dtype = sign, sink.dtype
         return a.clone()
 

@@ -40,6 +40,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from zennit.core import Hook, RemovableHandle, RemovableHandleList
 
 from crp.errors import InputError, InputTypeError
+from crp.notices import kind_of
 from crp.rules.account import Account, Shares
 from crp.rules.functions import AFFINE, Function
 from crp.rules.layer import Layer
@@ -199,7 +200,7 @@ class Rule(_Stabilized, Hook):  # type: ignore[misc]
             return output
         if not isinstance(output, Tensor):
             raise InputTypeError(
-                f"{type(self).__name__} treats operations of one result; {layer} returns a {type(output).__name__}"
+                f"{type(self).__name__} treats operations of one result; {layer} returns {kind_of(output)}"
             )
         # (what a module as a whole has saved for its gradient cannot be known)
         return self.propagate(layer, a, _writable(output) if layer.module is None else output.detach().clone())
@@ -231,9 +232,8 @@ class Rule(_Stabilized, Hook):  # type: ignore[misc]
         """Raise an error if one has not the output's shape, or if relevance could not reach the input."""
         for z in surrogates:
             if not isinstance(z, Tensor) or z.shape != y.shape:
-                wrong = f"a tensor of {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
                 raise InputTypeError(
-                    f"{type(self).__name__} makes {wrong} the surrogate of {layer}, which returns {tuple(y.shape)}"
+                    f"{type(self).__name__} makes {kind_of(z)} the surrogate of {layer}, which returns {tuple(y.shape)}"
                 )
         if a.requires_grad and not any(z.requires_grad for z in surrogates):
             raise InputTypeError(

@@ -121,8 +121,11 @@ class Gate(_Shared):
         def born_of(flags: int) -> list[bool]:
             return [bool(born & flags) for born in layer.born]
 
-        chooses = [mark and is_one for mark, is_one in zip(born_of(Born.ROUTED), broadcast, strict=True)]
-        for marks in (born_of(Born.DIVISOR), chooses):
+        def broadcast_of(flags: int) -> list[bool]:
+            return [mark and is_one for mark, is_one in zip(born_of(flags), broadcast, strict=True)]
+
+        # (of two inverses, as where one is normalized, the statistics divide; of weights, those that choose experts)
+        for marks in (born_of(Born.DIVISOR), broadcast_of(Born.DIVISOR), broadcast_of(Born.ROUTED)):
             if (held := only(marks)) is not None:
                 return held
         if (held := only(born_of(Born.SOFTMAX))) is not None:

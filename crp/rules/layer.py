@@ -198,7 +198,8 @@ class Layer:
         # (Python takes a TypeError inside an operator such as ** for "operands of another type")
         if len(self.inputs) != 1:
             raise NotImplementedError(
-                f"{name} treats functions of one input; {self} has {len(self.inputs)} that depend on the model's input"
+                f"{name} treats functions of one input; {self} has {len(self.inputs)} that depend on the model's "
+                "input; give another rule, or None in layer_map for the ordinary chain rule"
             )
         if self.inputs[0].is_complex():
             raise NotImplementedError(
@@ -269,7 +270,7 @@ class Layer:
             new = iter(inputs)
             mine = {id(tensor) for tensor in self.inputs}
             args, kwargs = changed((list(self.args), dict(self.kwargs)), lambda t: next(new) if id(t) in mine else t)
-            if self.module is not None and _works_in_place(self.module):
+            if self.module is not None:  # (which may change them in place)
                 args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
             return self.function(*args, **kwargs)
 

@@ -25,8 +25,9 @@ from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
 from crp.rules.layer import Layer, _in_words, changed
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
-from crp.rules.operands import Operands, _steps
+from crp.rules.operands import Operands, _in_parts, _steps
 from crp.rules.operation import RESULTS, Operation
+from crp.rules.packed import _has_derivative
 from crp.rules.passing import _SEVERAL, _copied, _passed
 from crp.rules.recurrent import RECURRENT
 from crp.rules.redirect import overwritten
@@ -263,6 +264,8 @@ class SeeingMode(TorchFunctionMode):
         layer, added = self._layer_of(op), None if op.operands is None else op.operands.added
         layer.parts = parts
         result = self.by_rule(choice, layer)
+        if layer.operands is not op.operands:
+            result = torch.view_as_complex(result)
         if added is not None:
             result = result + added
         if target is None:
@@ -275,6 +278,8 @@ class SeeingMode(TorchFunctionMode):
     def _layer_of(self, op: Operation) -> Layer:
         """An operation as a rule sees it."""
         inputs, operands = tuple(op.inputs), op.operands
+        if operands is not None and operands.a.is_complex() and op.known.canonical != "vdot":  # (which is not linear)
+            operands = _in_parts(operands)
         layer = Layer(op.function, op.args, op.kwargs, inputs, op.known, operands, self.place(), locate=self.innermost)
         for tensor in inputs:
             if tensor.layout in _SPARSE:
@@ -286,7 +291,7 @@ class SeeingMode(TorchFunctionMode):
             layer.born = tuple(map(self.notes.born, inputs))
         if operands is not None:
             layer.inputs = (operands.a,)
-            if operands.added is not None:  # (it is added to what the rule returns)
+            if operands.added is not None or operands is not op.operands:  # (it is added to what the rule returns)
                 layer.function, layer.args, layer.kwargs = operands.run, operands[:3], {}
         layer.nonnegative = self.notes.nonnegative(layer.inputs[0])
         return layer
@@ -364,9 +369,9 @@ class SeeingMode(TorchFunctionMode):
         )
 
     def _check_derivative(self, op: Operation, result: Any) -> None:
-        """Raise a `NotImplementedError` where torch warns of a lacking derivative, and sends nothing back."""
+        """Raise a `NotImplementedError` where torch would send nothing back, and only warn of it."""
         for tensor in tensors_in(result):
-            if tensor.grad_fn is not None and tensor.grad_fn.name().endswith("::WarnNotImplemented"):
+            if tensor.requires_grad and not _has_derivative(tensor, op.inputs):
                 raise NotImplementedError(
                     f"{_in_words(op.known.name, self.innermost())} is registered with torch without a derivative, so "
                     "that nothing is sent back through it; register one, as by torch.library.register_autograd"

@@ -287,6 +287,23 @@ def _sparse_product(
     return found._replace(weight=found.weight / stored[:, None])
 
 
+def _in_parts(operands: Operands) -> Operands:
+    """Sums of weighted complex numbers as sums of real ones: of both parts of each, along a new last axis.
+
+    The weight is that of each part of the input (first axis) for each part of the output (second axis).
+    """
+    a, (real, imaginary) = operands.a.resolve_conj(), torch.view_as_real(operands.weight.resolve_conj()).unbind(-1)
+    weight = torch.stack([real, imaginary, -imaginary, real]).reshape(2, 2, *real.shape)
+    bias = None if operands.bias is None else torch.view_as_real(operands.bias.resolve_conj())
+
+    def run(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        added = (None, None) if b is None else b.unbind(-1)
+        of_both = [operands.run(a[..., 0], w[0, k], added[k]) + operands.run(a[..., 1], w[1, k], None) for k in (0, 1)]
+        return torch.stack(of_both, -1)
+
+    return Operands(torch.view_as_real(a), weight, bias, run, added=operands.added)
+
+
 _CONVOLUTION, _TRANSPOSED = _layer(slides=True, convolves=True), _layer(slides=True)
 #: By name of the function.
 PARSERS: dict[str, Parse] = {

@@ -94,7 +94,7 @@ def _packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None, forward: 
     if has_torch_function((input,)):
         return handle_torch_function(_packed_linear, (input,), input, weight, bias, forward)
     output: Tensor = forward(input)
-    if torch.is_grad_enabled() and input.requires_grad and not _has_derivative(output, input):
+    if torch.is_grad_enabled() and input.requires_grad and not _has_derivative(output, [input]):
         return cast(Tensor, _ByWeights.apply(input, output.detach(), weight))
     return output
 
@@ -113,21 +113,18 @@ class _ByWeights(torch.autograd.Function):
         return (grads[0].to(weight.dtype) @ weight).to(ctx.dtype), None, None
 
 
-def _has_derivative(output: Tensor, input: Tensor) -> bool:
-    """Whether autograd knows the derivative of all that has made an output of an input."""
-    if not output.requires_grad:
-        return False
-    todo, seen = [output.grad_fn], {None, input.grad_fn}
+def _has_derivative(output: Tensor, inputs: Iterable[Tensor]) -> bool:
+    """Whether autograd knows the derivative of all that has made an output of inputs."""
+    todo, seen = [output.grad_fn], {input.grad_fn for input in inputs if input is not output}
     while todo:
         node = todo.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
-        assert node is not None
         if node.name().endswith("NotImplemented"):  # (of an operator that is registered without one)
             return False
         seen.add(node)
         todo += [function for function, _ in node.next_functions]
-    return True
+    return output.requires_grad
 
 
 def _parse(

@@ -11,6 +11,7 @@ from zennit.core import RemovableHandle, RemovableHandleList
 
 from crp.errors import InputTypeError
 from crp.layers import referencing, tracing
+from crp.notices import kind_of
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function, activation
 from crp.rules.layer import Layer, _works_in_place, changed
@@ -112,8 +113,8 @@ def whole_call(
     """
     if not isinstance(output, Tensor):
         raise InputTypeError(
-            f"{type(module).__name__} returns a {type(output).__name__}, not a tensor, so that it cannot count as one "
-            "function. Map rules to the layers or functions inside it"
+            f"{type(module).__name__} returns {kind_of(output)}, not a tensor, so that it cannot count as one "
+            "function. Map rules to the layers or functions inside it, or None to it for the ordinary chain rule"
         )
     # (asking a scripted module for its forward would leave something in it)
     function = module if isinstance(module, torch.jit.ScriptModule) else module.forward

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from crp.layers import evaluating, unwrap
 from crp.layers.addresses import attention_around
@@ -56,11 +56,11 @@ class ChannelAxis(NamedTuple):
     maker: str
 
 
-def channel_axes(model: nn.Module, data: Tensor, layers: Iterable[str]) -> dict[str, ChannelAxis]:
+def channel_axes(model: nn.Module, data: Any, layers: Iterable[str]) -> dict[str, ChannelAxis]:
     """Axis of the channels of layers, from a forward pass in evaluation; without layers that it does not call."""
-    model = unwrap(model)
+    model, args = unwrap(model), () if isinstance(data, dict) else (data,)
     with evaluating(model):
-        record = recorded(model, (data,), {}, structure(model), alike=True)
+        record = recorded(model, args, {} if args else data, structure(model), alike=bool(args))
     found = {}
     for name in layers:
         layer, is_input, number = record.address(name)
@@ -157,10 +157,8 @@ def _moved(function: FunctionCall, below: tuple[int, ...], shape: tuple[int, ...
 
 def _numbers(function: FunctionCall) -> list[int]:
     """Whole numbers among the arguments of a function, in order."""
-    found: list[int] = []
-    for value in (*function.arguments, *function.keywords.values()):
-        found += [one for one in (value if isinstance(value, tuple) else (value,)) if type(one) is int]
-    return found
+    values = [*function.arguments, *function.keywords.values()]
+    return [one for value in values for one in (value if isinstance(value, tuple) else (value,)) if type(one) is int]
 
 
 def _kept(below: tuple[int, ...], shape: tuple[int, ...]) -> dict[int, int]:

@@ -13,6 +13,7 @@ from PIL import Image
 from crp.compat.folders import replacing
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
+from crp.notices import kind_of
 from crp.visualization.table.fingerprint import fingerprint_composite
 
 
@@ -135,7 +136,7 @@ class ImageCache(Cache):
             for image in (image for images in lists for image in images):
                 if not isinstance(image, Image.Image):
                     raise InputTypeError(
-                        f"ImageCache saves PIL images, but the value of {id_!r} holds a {type(image).__name__}; "
+                        f"ImageCache saves PIL images, but the value of {id_!r} holds {kind_of(image)}; "
                         "let plot_fn return a list of images, or a pair of such lists"
                     )
             if len(lists) > 2 or len({len(images) for images in lists}) > 1:

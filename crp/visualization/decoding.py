@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 from crp.engine.backward import lacks_memory
 from crp.errors import InputError, InputTypeError, LoadingError, OutOfRangeError, StateError
 from crp.image.reading import as_viewed
-from crp.notices import warn
+from crp.notices import kind_of, warn
 from crp.visualization.jpegs import decode_jpegs, jpeg_library
 from crp.visualization.mining.datasets import Problem, Sample, indexed
 from crp.visualization.mining.encoded import Decoder, Encoded
@@ -128,7 +128,7 @@ class Decoded(Encoded):
 
     def mark(self, kind: str | None = None) -> str:
         """Fingerprint of what makes pictures of bytes, on this or another ``kind`` of device."""
-        return fingerprint(("decode_jpeg", kind or _kind_of(self.device), self.mode, self.transform))
+        return fingerprint(("decode_jpeg", kind or _kind_of_device(self.device), self.mode, self.transform))
 
     def decoder(self) -> _Decoder:
         """What makes pictures of files, and counts them."""
@@ -138,7 +138,7 @@ class Decoded(Encoded):
         """Picture of uint8 as the transform makes it, in floating-point numbers."""
         made = picture if self.transform is None else self.transform(picture)
         if not isinstance(made, Tensor):
-            raise InputTypeError(f"the transform must make a tensor of a tensor, not a {type(made).__name__}")
+            raise InputTypeError(f"the transform must make a tensor of a tensor, not {kind_of(made)}")
         made = made.as_subclass(Tensor)
         return made.float() / 255 if made.dtype == torch.uint8 else made
 
@@ -262,7 +262,7 @@ def decoder_mark(fingerprints: Mapping[str, str], dataset: Any) -> str | None:
     there = fingerprints.get("decoder")
     if not isinstance(dataset, Decoded):
         return None if there is None else "none"
-    own = _kind_of(dataset.device)
+    own = _kind_of_device(dataset.device)
     others = [kind for kind in _DECODERS if kind != own and dataset.mark(kind) == there]
     if not others:
         return dataset.mark()
@@ -273,7 +273,7 @@ def decoder_mark(fingerprints: Mapping[str, str], dataset: Any) -> str | None:
     return there
 
 
-def _kind_of(device: torch.device) -> str:
+def _kind_of_device(device: torch.device) -> str:
     """Name of a device's decoder."""
     return f"{device.type} by torchcodec" if (device.type, jpeg_library()) == ("cuda", "torchcodec") else device.type
 
@@ -287,15 +287,14 @@ def _check_folder(dataset: Any) -> Any:
     from torchvision.datasets import DatasetFolder
     from torchvision.datasets.folder import default_loader
 
-    kind = type(dataset)
-    if not isinstance(dataset, DatasetFolder) or kind.__getitem__ is not DatasetFolder.__getitem__:
+    if not isinstance(dataset, DatasetFolder) or type(dataset).__getitem__ is not DatasetFolder.__getitem__:
         raise InputTypeError(
-            f"a {kind.__name__} reads pictures itself; those that are decoded on the device are of a folder of files, "
+            f"{kind_of(dataset)} reads pictures itself; those that are decoded on the device are of a folder of files, "
             "such as torchvision's ImageFolder"
         )
     if dataset.loader is not default_loader:
         raise InputTypeError(
-            f"the {kind.__name__} reads files by a loader of its own, {dataset.loader!r}, which would not be called; "
+            f"{kind_of(dataset)} reads files by a loader of its own, {dataset.loader!r}, which would not be called; "
             "give one without loader="
         )
     return dataset

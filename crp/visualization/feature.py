@@ -19,8 +19,8 @@ from crp.concepts import ChannelConcept, Concept, as_ids
 from crp.engine.door import check_attribution, check_device
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError, LoadingError
-from crp.flags import check_flags
-from crp.notices import warn
+from crp.flags import check_flags, check_function
+from crp.notices import kind_of, warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader
 from crp.visualization.mining.job import SHARD_BATCHES, MiningKeywords, RunKeywords
@@ -123,10 +123,9 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
                 raise InputTypeError(f"layer_map[{layer!r}] is a class; it must be an instance: {concept.__name__}()")
             if not callable(getattr(concept, "mask", None)):
                 raise InputTypeError(
-                    f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not a {type(concept).__name__}"
+                    f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {kind_of(concept)}"
                 )
-        if preprocess_fn is not None and not callable(preprocess_fn):
-            raise InputTypeError(f"preprocess_fn must be a function of samples, or None; not {preprocess_fn!r}")
+        check_function("preprocess_fn", preprocess_fn, "samples")
         self.dataset = of_loader(dataset)
         self.layer_map = layer_map
         self.preprocess_fn = preprocess_fn

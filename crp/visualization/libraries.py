@@ -159,7 +159,7 @@ def _task_of(name: str, config: Any) -> tuple[str, type[Logits]]:
         if not known or any(word in one for one in known):
             return task
     raise LoadingError(
-        f"{name} was a {known[0]}, and would have a part with random weights; models of Hugging Face end in "
+        f"{name} was made as {known[0]}, and would have a part with random weights; models of Hugging Face end in "
         f"{', '.join(_OF_PICTURES)}, ForSequenceClassification, ForCausalLM or LMHeadModel. Others are loaded by a "
         "function of yours, package.module:factory"
     )

@@ -139,7 +139,7 @@ def keep_maximized(
 def _table_of(fv: object, layer: str) -> Table:
     """Table of what was mined, which has the layer."""
     if not isinstance(fv, FeatureVisualization):
-        raise InputTypeError(f"fv must be a FeatureVisualization, not a {type(fv).__name__}")
+        raise InputTypeError(f"fv must be a FeatureVisualization, not {type(fv).__name__}")
     table = Table.open(fv.path)
     if layer not in table.layers or layer not in fv.layer_map:
         raise NameNotFoundError(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from crp.engine.forward import tensor_in
 from crp.errors import CRPError, InputError, InputTypeError, LoadingError
-from crp.layers.misfits import telling_misfits
+from crp.layers.misfits import takes_decoder_ids, telling_misfits
+from crp.notices import kind_of
 from crp.visualization.checkpoints import _in_a_line, fill, n_classes_of, read_checkpoint
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
@@ -127,10 +128,14 @@ class Loaded:
         kinds = list(map(type, self.model.modules()))
         return any(issubclass(kind, nn.Embedding) for kind in kinds) and nn.Conv2d not in kinds
 
-    def example(self) -> Tensor:
+    def example(self) -> Tensor | dict[str, Tensor]:
         """A grey picture or a short text as the model takes it, for asking what shapes its layers give."""
+        taken = getattr(self.model, "main_input_name", "pixel_values")  # (models of Hugging Face say it)
+        if taken not in ("pixel_values", "input_ids"):
+            raise LoadingError(f"{type(self.model).__name__} takes {taken!r}, and neither pictures nor ids of tokens")
         if self.reads_tokens:
-            return torch.ones(1, 5, dtype=torch.long)
+            ids = torch.ones(1, 5, dtype=torch.long)
+            return {"input_ids": ids, "decoder_input_ids": ids} if takes_decoder_ids(self.model) else ids
         side = self.prepared.size or self.prepared.resize or 224
         image = torch.full((1, 1 if self.prepared.mode == "L" else 3, side, side), 0.5)
         return image if self.normalized is None else self.normalized(image)
@@ -208,13 +213,12 @@ class _Wanted(NamedTuple):
 
 
 def _loaded(model: str, weights: str | None, wanted: _Wanted) -> Loaded:
-    checkpoint = wanted.checkpoint
-    if weights and checkpoint:
+    if weights and wanted.checkpoint:
         raise LoadingError("--weights and --checkpoint are both given; one fills the model")
     wanted.check()
-    found = _find(model, weights, checkpoint)
-    if checkpoint:
-        fill(found.model, checkpoint)
+    found = _find(model, weights, wanted.checkpoint)
+    if wanted.checkpoint:
+        fill(found.model, wanted.checkpoint)
     names = _read_lines(wanted.classes) if wanted.classes else found.classes
     mean, std = (wanted.mean, wanted.std) if wanted.mean else (found.mean, found.std)
     resize, size = (wanted.size, wanted.size) if wanted.size else (found.resize, found.size)
@@ -257,17 +261,12 @@ def select_scores(returned: Any, output: Callable[[Any], Any] | None) -> Tensor:
     except Exception as error:  # (of any kind, as the function is the user's own)
         name = getattr(output, "__qualname__", repr(output))
         raise LoadingError(
-            f"--output: {name} raised {type(error).__name__} on what the model returned, a {type(returned).__name__}: "
+            f"--output: {name} raised {type(error).__name__} on what the model returned, {kind_of(returned)}: "
             f"{_in_a_line(error)}"
         ) from error
     if not isinstance(found, Tensor):
-        raise InputTypeError(f"--output must take a tensor from what the model returns, not a {type(found).__name__}")
+        raise InputTypeError(f"--output must take a tensor from what the model returns, not {kind_of(found)}")
     return found
-
-
-def _side_of(recipe: Any, name: str) -> int:
-    """Pixels on a side that the preparation of weights says, or 0."""
-    return int((getattr(recipe, name, None) or [0])[0])
 
 
 def _of_torchvision(name: str, weights: str | None, n_classes: int | None = None) -> Found:
@@ -296,7 +295,7 @@ def _of_torchvision(name: str, weights: str | None, n_classes: int | None = None
     except OSError as error:
         raise LoadingError(f"the weights {weights} of {name} cannot be downloaded: {error}") from error
     recipe, classes = chosen.transforms(), chosen.meta.get("categories", ())
-    resize, size = (_side_of(recipe, side) for side in ("resize_size", "crop_size"))
+    resize, size = (int((getattr(recipe, side, None) or [0])[0]) for side in ("resize_size", "crop_size"))
     mean, std = (tuple(getattr(recipe, name, ())) for name in ("mean", "std"))
     return Found(net, resize, size, mean, std, classes, getattr(recipe, "interpolation", None))
 
@@ -331,7 +330,7 @@ def _made(place: str) -> nn.Module:
     factory: Callable[[], Any] | nn.Module = imported(place)
     made = factory if isinstance(factory, nn.Module) else called(factory, place)
     if not isinstance(made, nn.Module):
-        raise LoadingError(f"{place} gives a {type(made).__name__}, not a torch.nn.Module")
+        raise LoadingError(f"{place} gives {kind_of(made)}, not a torch.nn.Module")
     return made
 
 

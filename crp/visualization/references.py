@@ -16,7 +16,7 @@ from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
 from crp.concepts.reading import initial_relevance_of, starts_by_code
 from crp.errors import InputError, InputTypeError, OutOfRangeError
-from crp.flags import check_flags
+from crp.flags import check_flags, check_function
 from crp.notices import warn
 from crp.visualization.table.fingerprint import fingerprint
 from crp.visualization.table.ranking import ReferenceSamples
@@ -128,8 +128,7 @@ def checked(request: tuple[Any, ...], r_range: Any) -> tuple[PictureRequest, tup
     """A request and its ranks, if they can be drawn."""
     picture = PictureRequest(*request)
     check_flags(rf=picture.rf)
-    if picture.plot_fn is not None and not callable(picture.plot_fn):
-        raise InputTypeError(f"plot_fn must be a function of samples, heatmaps and rf, not {picture.plot_fn!r}")
+    check_function("plot_fn", picture.plot_fn, "samples, heatmaps and rf")
     return picture, _check_ranks(r_range)
 
 

@@ -31,9 +31,9 @@ from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
-from crp.flags import check_flags
+from crp.flags import check_flags, check_function
 from crp.layers import unwrap
-from crp.notices import warn
+from crp.notices import kind_of, warn
 from crp.visualization.objectives import OUTPUT as OUTPUT
 from crp.visualization.objectives import Objective as Objective
 from crp.visualization.objectives import channel as channel
@@ -121,8 +121,7 @@ class SynthesisSettings:
             check_number(name, getattr(self, name), least)
         for name, least in (("steps", 1), ("jitter", 0)):
             check_number(name, getattr(self, name), least, whole=True)
-        if self.optimizer is not None and not callable(self.optimizer):
-            raise InputTypeError(f"optimizer must be a function from a list of tensors, not {self.optimizer!r}")
+        check_function("optimizer", self.optimizer, "a list of tensors")
         if not isinstance(self.mean, Tensor):
             check_number("mean", self.mean)
         bounds: Any = self.bounds
@@ -209,7 +208,7 @@ def maximize(
     bounds = None if how.bounds is None else [_spread("bounds", bound, shape, like) for bound in how.bounds]
     opt = torch.optim.Adam([codes], lr=how.learning_rate) if how.optimizer is None else how.optimizer([codes])
     if not isinstance(opt, torch.optim.Optimizer):
-        raise InputTypeError(f"optimizer must give an optimizer of torch, not a {type(opt).__name__}")
+        raise InputTypeError(f"optimizer must give an optimizer of torch, not {kind_of(opt)}")
     decode: Callable[[Tensor], Tensor] = (lambda codes: codes) if decoder is None else decoder
     check_independent(model, Inputs.single(decode(codes).detach()), [range(len(codes))])
     scores: list[Tensor] = []

@@ -262,12 +262,12 @@ AFTER = {
     ),
     "init_rel gives nothing": bad(
         TypeError,
-        "init_rel is a function that gives a NoneType, not a tensor or a number",
+        "init_rel is a function that gives None, not a tensor or a number",
         init_rel=lambda prediction: None,
     ),
     "init_rel gives an array": bad(
         TypeError,
-        "init_rel is a function that gives a ndarray, not a tensor or a number",
+        "init_rel is a function that gives an ndarray of shape (2, 3), not a tensor or a number",
         init_rel=lambda prediction: prediction.numpy(),
     ),
     "mask_map gives nothing": bad(

@@ -33,7 +33,7 @@ def model() -> Net:
         (lambda y: y.detach(), ValueError, "differentiable way; explain a tensor before rounding, argmax or detach"),
         (lambda y: (y, y), TypeError, "and entry(0) for one of its parts [0, 1]"),
         (lambda y: {"out": y}, TypeError, "segmentation() and detection(), and entry('out') for one of its parts"),
-        (lambda y: {"logits": None}, TypeError, "the model returns a NoneType, not a tensor"),
+        (lambda y: {"logits": None}, TypeError, "the model returns None, not a tensor"),
         (torch.fft.fft, TypeError, "the model puts out complex numbers, of torch.complex128, which"),
         (lambda y: y.sum(0), ValueError, "the model's output has shape (3,); its first axis must be that of 2 samples"),
         (lambda y: y.sum(), ValueError, "the model's output has shape (); its first axis must be that of 2 samples"),

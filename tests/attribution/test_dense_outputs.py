@@ -177,7 +177,7 @@ def test_nets(tmp_path, name):
     ("key", "error", "message"),
     [
         ("aux", KeyError, r"the model returns \['out'\], and not 'aux'; name the logits: key="),
-        (None, TypeError, r"a segmentation has logits of shape \(batch, classes, \*space\), not dict"),
+        (None, TypeError, r"a segmentation has logits of shape \(batch, classes, \*space\), not a dict"),
     ],
 )
 def test_outputs_that_are_no_segmentation(model, data, key, error, message):
@@ -185,7 +185,7 @@ def test_outputs_that_are_no_segmentation(model, data, key, error, message):
         CondAttribution(model, output=segmentation(key))(data, [{"y": 1}])
     with pytest.raises(ValueError, match="where must be one of 'own', 'all', not 'mine'"):
         segmentation(where="mine")
-    with pytest.raises(TypeError, match="the model returns a Tensor, which has no 'out'"):
+    with pytest.raises(TypeError, match=r"the model returns a Tensor of shape .*, which has no 'out'"):
         segmentation()(torch.ones(1, 2, 3, 3))
 
 

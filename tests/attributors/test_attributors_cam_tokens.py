@@ -74,7 +74,7 @@ def test_what_cannot_be_arranged():
         GradCAM(model, layer="blocks.1.norm1")(data, 1)
     with pytest.raises(ValueError, match=r"reshape made \(1, 5\) of the output of layer 'blocks.1.norm1', \(1, 5, 8\)"):
         GradCAM(model, layer="blocks.1.norm1", reshape=lambda t: t.sum(-1))(data, 1)
-    with pytest.raises(TypeError, match="reshape must be a function of the layer's output, not 3"):
+    with pytest.raises(TypeError, match="reshape must be a function of the layer's output, or None; not 3"):
         GradCAM(model, layer="blocks.1.norm1", reshape=3)
 
     class Square(nn.Module):

@@ -175,7 +175,7 @@ def test_relevance_flows_between_concepts_of_ones_own():
         (lambda m, x: median(x, -1), ValueError, "width must be an odd number of pixels, not -1"),
         (lambda m, x: make_background("sepia", x), ValueError, "a background must be one of"),
         (lambda m, x: make_background("blur", x, -1.0), ValueError, "sigma must be a number of at least 0"),
-        (lambda m, x: make_background(lambda _: None, x), TypeError, "must give a tensor or a number, not a NoneType"),
+        (lambda m, x: make_background(lambda _: None, x), TypeError, "must give a tensor or a number, not None"),
         (lambda m, x: IntegratedGradients(m, quadrature=np.array(["left"] * 2)), ValueError, "must be one of 'right'"),
         (lambda m, x: IntegratedGradients(m, steps=1.5), ValueError, "steps must be a whole number of at least 1"),
         (lambda m, x: crp.explain("intgrad", m, x, 1, baseline=True), TypeError, "a baseline is a number"),

@@ -92,7 +92,10 @@ WRONG = {
         {"dataset": Sizes(4)},
         r"sample \d has shape .*; samples of several shapes need batch",
     ),
-    "a function that is none": ({"preprocess": "normalize"}, "preprocess must be a function, not 'normalize'"),
+    "a function that is none": (
+        {"preprocess": "normalize"},
+        "preprocess must be a function of samples, .*not 'normalize'",
+    ),
     "vectors of a fraction": ({"n": 1.5}, "n must be a whole number of at least 1, not 1.5"),
     "layer": ({"layer": "third"}, "'third' not found in model"),
 }

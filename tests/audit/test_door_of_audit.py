@@ -70,7 +70,7 @@ WRONG = {
     "nothing changed": (lambda m: changed(m, ids=[]), "concept_ids is empty"),
     "no prototypes": (
         lambda m: audit(CondAttribution(m), DATA, EpsilonPlus(), None, ChannelConcept()),
-        "found must be what prototypes.* gives, not a NoneType",
+        "found must be what prototypes.* gives, not None",
     ),
     "audit of nan": (
         lambda m: audit(CondAttribution(m), DATA * torch.nan, EpsilonPlus(), None, ChannelConcept()),

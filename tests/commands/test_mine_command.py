@@ -26,7 +26,7 @@ from torch import nn
 from crp.attribution import CondAttribution
 from crp.commands.errors import CommandError
 from crp.commands.mine import _check_outputs
-from crp.commands.processes import _part
+from crp.commands.processes import _device, _part
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
 from crp.errors import InputError, LoadingError
@@ -166,6 +166,16 @@ def test_the_share_of_a_process(share: str | None, environment: dict[str, str], 
     assert _part(share, environment) == expected
 
 
+def test_processes_of_a_machine_share_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _device(None) == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank, device in ((None, "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        assert _device(None) == device
+
+
 def test_torchrun_whose_rank_is_killed_goes_on(here: Path) -> None:
     assert mined("whole").exit_code == 0
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -231,6 +241,7 @@ def wait_for_shards(path: Path) -> None:
         (["--modes", "relevances"], "modes must be among"),
         (["--shard", "2/2"], "--shard 2/2 must be I/N with I from 0 to N - 1"),
         (["--shard", "0/2", "--overwrite"], "--overwrite does not go with several processes"),
+        (["--device", "cuda9x"], "--device is 'cuda9x', which is no device of this machine"),
         (["--data", "words:nothing"], "words has no 'nothing'"),
         (["--data", "words:number"], "--data words:number: the dataset needs __len__ and __getitem__; int lacks one"),
         (["--data", "nowhere"], "--data nowhere is neither a folder nor package.module:factory"),

@@ -38,6 +38,16 @@ def reader():
     config = transformers.BertConfig(vocab_size=11, hidden_size=8, max_position_embeddings=32, **own)
     return transformers.BertForSequenceClassification(config)
 
+def translator():
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2)
+    return transformers.T5ForConditionalGeneration(config)
+
+def listener():
+    own = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
+    config = transformers.WhisperConfig(vocab_size=11, d_model=12, encoder_layers=1, decoder_layers=1, **own)
+    return transformers.WhisperForConditionalGeneration(config)
+
 def letters(): return Letters()
 def ids(): return texts_of_ids(10)
 def words(): return [{"words": word, "class": 2 + i} for i, word in enumerate(["abc d", "ee", "h fg", "aa"])]
@@ -87,6 +97,23 @@ def test_layers_of_a_model_that_reads_tokens_are_listed_and_chosen(here: Path, m
     result = crp("mine", "--model", f"reading:{model}", *words, "--layers", "auto", "--quiet", "--out", model)
     assert result.exit_code == 0, result.output
     assert list(Table.open(model).layers) == suggested
+
+
+def test_layers_of_both_texts_are_listed_where_a_model_has_a_decoder(here: Path) -> None:
+    listed = crp("layers", "reading:translator", "--json")
+    assert listed.exit_code == 0, listed.output
+    found = {one["name"]: one for one in json.loads(listed.output)}
+    parts = [("encoder.block", 1), ("decoder.block", 2)]
+    wanted = [f"{part}.{i}.layer.{n}.DenseReluDense.act" for part, n in parts for i in (0, 1)]
+    assert [name for name, one in found.items() if one["suggested"]] == wanted
+    assert found["lm_head"]["shape"] == [5, 11]
+
+
+def test_a_model_of_sounds_says_what_it_takes(here: Path) -> None:
+    result = crp("layers", "reading:listener")
+    assert result.exit_code == 1
+    assert "takes 'input_features', and neither pictures nor ids of tokens" in result.output
+    assert "--size" not in result.output
 
 
 def test_ids_and_prose_are_texts_too(here: Path) -> None:

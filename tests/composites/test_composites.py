@@ -108,7 +108,7 @@ def test_tensor_bounds_survive_the_description(vgg_bn, images):
 
 
 def test_description_refuses_what_cannot_be_sent():
-    with pytest.raises(TypeError, match="keyword 'canonizers' of the composite holds a SequentialMergeBatchNorm"):
+    with pytest.raises(TypeError, match="keyword 'canonizers' of the composite is of SequentialMergeBatchNorm"):
         EpsilonPlus([SequentialMergeBatchNorm()]).describe()
     with pytest.raises(TypeError, match="Composite is not in the registry"):
         Composite().describe()
@@ -170,6 +170,13 @@ def test_model_predicts_as_before_and_is_untouched_afterwards(name, net, images,
     reference = model(images).detach()
     with untouched(model), make(name).context(model):
         torch.testing.assert_close(model(images.requires_grad_()), reference, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["epsilon_plus", "epsilon_alpha2_beta1"])
+def test_flat_on_the_first_layer_makes_a_preset_its_flat_sibling(name, vgg_bn, images):
+    found = relevance(vgg_bn, images, 1, get(name, first_map=[(nn.Conv2d, Flat())]))
+    torch.testing.assert_close(found, relevance(vgg_bn, images, 1, get(f"{name}_flat")), rtol=0, atol=0)
+    assert inspect.signature(type(get(name))) == inspect.signature(type(get(f"{name}_flat")))
 
 
 @pytest.mark.parametrize(

@@ -402,3 +402,18 @@ def test_an_expert_without_tokens_keeps_nothing():
 
     found = account(Experts().double().eval(), EpsilonPlus(), torch.randn(1, 5, 4, dtype=torch.float64))
     assert not any(share.any() for share in found.layers["first"].values()) and holds(found)
+
+
+def test_what_was_read_may_be_overwritten_later():
+    class Later(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.below, self.above = nn.Linear(4, 6), nn.Linear(2, 3)
+
+        def forward(self, x):
+            h = self.below(x)
+            top = torch.max(h, 1).values
+            return self.above(torch.stack([top, h.abs_().mean(1)], 1))
+
+    assert holds(account(Later().double().eval(), EpsilonPlus(), torch.randn(3, 4, dtype=torch.float64)))

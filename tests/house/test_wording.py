@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from house_plan import PACKAGE
 
+from crp.notices import kind_of
 from crp.wording import counted, first_few, percent
 
 
@@ -30,7 +32,17 @@ def test_one_thing_is_no_plural():
 
 @pytest.mark.parametrize(
     ("share", "text"),
-    [(1, "100.0 %"), (0.0636, "6.4 %"), (0.0096, "1.0 %"), (0.0004, "0.04 %"), (-1e-5, "0 %"), (-0.004, "−0.40 %")],
+    [
+        (1, "100.0 %"),
+        (0.0636, "6.4 %"),
+        (0.0096, "1.0 %"),
+        (0.0004, "0.04 %"),
+        (-0.004, "−0.40 %"),
+        (1e-5, "< 0.01 %"),
+        (-1e-30, "> −0.01 %"),
+        (-0.0, "0 %"),
+        (float("nan"), "nan %"),
+    ],
 )
 def test_shares_are_written_with_the_digits_they_need(share, text):
     assert percent(share) == text.replace(" ", "\N{NO-BREAK SPACE}")
@@ -39,3 +51,22 @@ def test_shares_are_written_with_the_digits_they_need(share, text):
 def test_shares_are_written_by_this_function_alone():
     code = [path for path in PACKAGE.rglob("*.py") if path.name != "wording.py"]
     assert [str(path) for path in code if re.search(r":[+,]?(\.\d+)?%\}", path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "None"),
+        ({}, "a dict"),
+        (1, "an int"),
+        (ArithmeticError(), "an ArithmeticError"),
+        (np.zeros((2, 3)), "an ndarray of shape (2, 3)"),
+    ],
+)
+def test_kinds_have_their_article_and_shape(value, text):
+    assert kind_of(value) == text
+
+
+def test_kinds_are_named_by_this_function_alone():
+    code = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    assert [str(path) for path, text in code.items() if re.search(r"\ban? (\"\s*f\")?\{(type\(|kind)", text)] == []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from attributor_cases import METRICS
 from torch import Tensor, nn
 
 from crp.attributors import IntegratedGradients, MeaningfulPerturbation
@@ -26,13 +26,6 @@ from crp.metrics import (
     translations,
 )
 
-METRICS = {
-    "pixel_flipping": partial(pixel_flipping, patch=4),
-    "selectivity": partial(selectivity, patch=2, steps=2),
-    "continuity": continuity,
-    "local_lipschitz": partial(local_lipschitz, samples=2),
-    "randomization": randomization,
-}
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -96,7 +89,7 @@ def test_scores_are_real_numbers(name: str) -> None:
     ("settings", "message"),
     [
         ({"replacement": float("nan")}, "the background must be finite, without NaN or infinite values"),
-        ({"replacement": lambda data: None}, "a background must give a tensor or a number, not a NoneType"),
+        ({"replacement": lambda data: None}, "a background must give a tensor or a number, not None"),
         ({"replacement": lambda data: data / 0}, "the background must be finite, without NaN or infinite values"),
         ({"replacement": lambda data: data + 1j}, "the background must be real numbers, not of complex64"),
         ({"sigma": -1}, "sigma must be a number of at least 0, not -1"),

@@ -6,22 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from attributor_cases import InDict
+from attributor_cases import METRICS, InDict
 from torch import Tensor, nn
 
 from crp.attributors import Occlusion
 from crp.composites import EpsilonPlus
-from crp.metrics import continuity, local_lipschitz, pixel_flipping, quantus_explain, randomization, selectivity
+from crp.metrics import pixel_flipping, quantus_explain
 from crp.outputs import entry, segmentation
 
 F64 = {"dtype": torch.float64}
-METRICS = {
-    "pixel_flipping": (pixel_flipping, {}),
-    "selectivity": (selectivity, {"patch": 2, "steps": 2}),
-    "continuity": (continuity, {}),
-    "local_lipschitz": (local_lipschitz, {"samples": 2}),
-    "randomization": (randomization, {}),
-}
 
 
 def net() -> nn.Sequential:
@@ -44,11 +37,10 @@ def values(found: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("target", [None, 2])
 def test_metrics_of_what_is_taken_from_a_dict_are_those_of_the_net(name, method, target, untouched):
-    metric, options = METRICS[name]
-    model = InDict(net()).eval()
+    metric, model = METRICS[name], InDict(net()).eval()
     with untouched(model):
-        found = metric(model, data(), target, method, output=entry("scores"), **options)
-    for one, expected in zip(values(found), values(metric(net(), data(), target, method, **options)), strict=True):
+        found = metric(model, data(), target, method, output=entry("scores"))
+    for one, expected in zip(values(found), values(metric(net(), data(), target, method)), strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -86,7 +78,6 @@ def test_options_of_quantus_may_name_the_output():
     ids=["no function", "none", "no entry", "list", "number"],
 )
 def test_what_is_no_output_is_refused(name, output, error, message, untouched):
-    metric, options = METRICS[name]
     model = InDict(net()).eval()
     with untouched(model), pytest.raises(error, match=message):
-        metric(model, data(), 1, "epsilon_plus", output=output, **options)
+        METRICS[name](model, data(), 1, "epsilon_plus", output=output)

@@ -64,8 +64,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"preprocess must make a sample of shape \(1, ",
     ),
     "a function that returns nothing": ({"preprocess": lambda x: None}, "preprocess must make a sample"),
-    "what is no function": ({"preprocess": "normalize"}, "preprocess must be a function, not 'normalize'"),
-    "what is no function of labels": ({"single_targets": 3}, "single_targets must be a function, not 3"),
+    "what is no function": (
+        {"preprocess": "normalize"},
+        "preprocess must be a function of samples, .*not 'normalize'",
+    ),
+    "what is no function of labels": (
+        {"single_targets": 3},
+        "single_targets must be a function of labels, .*not 3",
+    ),
     "begin": ({"start": -1}, "the range -1 to 8 must be within the dataset, 0 to 8"),
     "end": ({"start": 4, "stop": 2}, "the range 4 to 2 must be within the dataset"),
 }

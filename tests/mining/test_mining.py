@@ -238,7 +238,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "other type": ((torch.zeros(1, 6, 6), 0), r"its shape is \(1, 6, 6\), torch.float32"),
     "no pair": ((torch.zeros(1, 6, 6).double(),), r"the dataset gives 1 entries, not a pair \(tensor, label\)"),
     "a dict": ({"image": 1}, "the dataset gives a dict, not a pair"),
-    "no tensor": ((np.zeros((1, 6, 6)), 0), r"the dataset gives \(..., label\) with a ndarray, not a tensor"),
+    "no tensor": (
+        (np.zeros((1, 6, 6)), 0),
+        r"the dataset gives \(..., label\) with an ndarray .*, not a tensor",
+    ),
     "negative label": ((torch.zeros(1, 6, 6).double(), -1), "target -1 is no class"),
     "float label": ((torch.zeros(1, 6, 6).double(), 1.0), "label 1.0 is no integer class"),
     "label beyond the outputs": ((torch.zeros(1, 6, 6).double(), 3), "target 3: .*3"),
@@ -554,10 +557,14 @@ class Empty:
         ({"kinds": ["mean"]}, ValueError, r"kinds must be among 'sum', 'max'; not \['mean'\]"),
         ({"on_error": "ignore"}, ValueError, "on_error must be one of 'stop', 'skip', not 'ignore'"),
         ({"preprocess": lambda x: x[0, 0, 0]}, TypeError, r"preprocess must make a sample of shape \(1, ...\)"),
-        ({"preprocess": lambda x: None}, TypeError, "not a NoneType"),
+        ({"preprocess": lambda x: None}, TypeError, "not None"),
         ({"data": 3}, TypeError, "the dataset needs __len__ and __getitem__; int lacks one"),
         ({"data": Empty()}, ValueError, "the dataset is empty"),
-        ({"data": [(np.zeros((1, 6, 6)), 0)]}, TypeError, "sample 0: the dataset gives .* ndarray, not a tensor"),
+        (
+            {"data": [(np.zeros((1, 6, 6)), 0)]},
+            TypeError,
+            "sample 0: the dataset gives .* ndarray .*, not a tensor",
+        ),
         ({"data": [(torch.zeros(1, 6, 6), 0, 1)]}, TypeError, "sample 0: the dataset gives 3 entries, not a pair"),
     ],
 )

@@ -9,7 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from crp.attribution import CondAttribution
-from crp.composites import AttnLRP, EpsilonPlus, UniformLRP0
+from crp.composites import (
+    AttnLRP,
+    EpsilonPlus,
+    UniformAlphaBeta,
+    UniformEpsilon,
+    UniformGamma,
+    UniformLRP0,
+    UniformZPlus,
+)
+from crp.rules import Epsilon
 
 X = numbers(2, 6)
 FILTER = torch.complex(numbers(9, seed=1), numbers(9, seed=2))
@@ -84,11 +93,80 @@ def test_a_quotient_holds_its_divisor_constant():
     assert off(together, apart) <= 1e-12
 
 
+def of_numbers(x):
+    return torch.fft.rfft(x)
+
+
+def of_parts(x):
+    """Real and imaginary parts, one after the other."""
+    return torch.view_as_real(torch.fft.rfft(x)).mT.flatten(-2)
+
+
+def parts(weight):
+    """Matrix of real numbers that does to real and imaginary parts what one of complex numbers does to these."""
+    return torch.cat([torch.cat([weight.real, -weight.imag], 1), torch.cat([weight.imag, weight.real], 1)])
+
+
+def kernels(weight):
+    """Kernels of both parts for both parts."""
+    return torch.stack([torch.cat([weight.real, -weight.imag], 1), torch.cat([weight.imag, weight.real], 1)])
+
+
+def in_turn(z):
+    return torch.view_as_real(z).mT
+
+
+def convolved(x):
+    both = torch.view_as_real(torch.fft.rfft(x)).mT
+    return F.conv1d(both, kernels(WEIGHT[:2, None, :3]).flatten(0, 1)).unflatten(1, (2, 2)).transpose(1, 2)
+
+
+#: With complex weights, and the same written in real numbers.
+WEIGHTED = {
+    "linear": (lambda x: in_turn(F.linear(of_numbers(x), WEIGHT)), lambda x: F.linear(of_parts(x), parts(WEIGHT))),
+    "with a bias": (
+        lambda x: in_turn(F.linear(of_numbers(x), WEIGHT, FILTER)),
+        lambda x: F.linear(of_parts(x), parts(WEIGHT), torch.cat([FILTER.real, FILTER.imag])),
+    ),
+    "adjoint": (
+        lambda x: in_turn(of_numbers(x).conj() @ WEIGHT.mH),
+        lambda x: F.linear(of_parts(x) * torch.ones(2, 9).double().mul(torch.tensor([[1.0], [-1.0]])).flatten(),
+                           parts(WEIGHT.conj())),
+    ),
+    "einsum": (
+        lambda x: in_turn(torch.einsum("...i,io,o->...o", of_numbers(x), WEIGHT, FILTER)),
+        lambda x: F.linear(of_parts(x), parts((WEIGHT * FILTER).mT)),
+    ),
+    "modes": (  # (as of a Fourier neural operator)
+        lambda x: torch.einsum("bim,iom->bom", modes(x), WEIGHT[:4, :6].unflatten(1, (2, 3))).abs(),
+        lambda x: modes_apart(modes(x)),
+    ),
+    "conv1d": (lambda x: in_turn(F.conv1d(of_numbers(x)[:, None], WEIGHT[:2, None, :3])), convolved),
+}  # fmt: skip
+
+
+def modes(x):
+    return torch.fft.rfft(x.unflatten(1, (4, 4)))
+
+
+def modes_apart(z):
+    weight, both = WEIGHT[:4, :6].unflatten(1, (2, 3)), torch.cat([z.real, z.imag], 1)
+    matrices = torch.stack([parts(weight[..., m].mT) for m in range(3)])
+    return torch.complex(*torch.einsum("bim,moi->bom", both, matrices).chunk(2, 1)).abs()
+
+
+@pytest.mark.parametrize("composite", [UniformLRP0, UniformEpsilon, UniformZPlus, UniformGamma, UniformAlphaBeta])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_sums_weighted_by_complex_numbers_are_those_of_their_parts(name, composite):
+    of_complex, of_real = (seeded(Between(function)) for function in WEIGHTED[name])
+    assert off(maps(of_complex, X, composite()), maps(of_real, X, composite())) <= 1e-9
+    found = CondAttribution(of_complex).absorbed(X, [{"y": 1}], composite())
+    assert found.rest.abs().max() <= 1e-10 * found.initial.abs().min()
+
+
 REFUSED = {
-    "linear": lambda x: F.linear(torch.fft.rfft(x), WEIGHT).abs(),
-    "einsum": lambda x: torch.einsum("ni,io->no", torch.fft.rfft(x), WEIGHT).real,
-    "conv1d": lambda x: F.conv1d(torch.fft.rfft(x)[:, None], WEIGHT[:2, None, :3]).imag,
     "tanh": lambda x: torch.fft.rfft(x).tanh().real,
+    "vdot": lambda x: torch.vdot(torch.fft.rfft(x)[0], FILTER).real.expand(len(x), 1),
 }
 
 
@@ -97,14 +175,14 @@ def test_rules_for_real_numbers_refuse_complex_ones_by_name(name, untouched):
     model = seeded(Between(REFUSED[name]))
     message = rf"treats real numbers, and the input of {name}\(\) is complex.*None in layer_map"
     with untouched(model), pytest.raises(NotImplementedError, match=message):
-        CondAttribution(model)(X, [{"y": 1}], AttnLRP())
+        CondAttribution(model)(X[:1], [{"y": 1}], AttnLRP())
 
 
 def test_a_complex_product_by_the_ordinary_chain_rule():
-    model = seeded(Between(REFUSED["einsum"]))
+    model = seeded(Between(WEIGHTED["einsum"][0]))
     leaf = X.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
-    assert off(maps(model, X, UniformLRP0(layer_map=[(torch.einsum, None)])), gradient * X) <= 1e-9
+    assert off(maps(model, X, UniformZPlus(layer_map=[(torch.einsum, None), ("", Epsilon(0))])), gradient * X) <= 1e-9
 
 
 @pytest.mark.parametrize("composite", [None, AttnLRP()], ids=["gradient", "attn_lrp"])

@@ -239,6 +239,79 @@ def test_what_the_message_advises_works(name, selector, kind, untouched):
     assert off(found, relevances(model, function, by_hand)) <= 1e-9
 
 
+class Shifted(torch.autograd.Function):
+    """Like the sparsemax of some libraries, it changes its input, and returns another tensor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x -= x.amax(1, keepdim=True)
+        y = (x + 1).clamp(min=0)
+        ctx.save_for_backward(y > 0)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class Dense(nn.Module):
+    """Dense layer, a block that may change its input, dense layer, which may read that."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.up, self.block, self.down, self.reads = nn.Linear(6, 5), Block(Shifted.apply), nn.Linear(5, 3), reads
+
+    def forward(self, x):
+        z = self.up(x)
+        y = self.block(z)
+        return self.down(y + z if self.reads else y)
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_a_module_that_changes_its_input_and_returns_another_tensor_is_one_operation(kind, untouched):
+    (rule, by_hand), model = BY_HAND[kind], seeded(Dense())
+    a = model.up(DATA).detach().requires_grad_()
+    y = model.block(a.clone())
+    m = model.down.weight.detach()[1].expand_as(y)
+    below = by_hand(a.detach(), y.detach(), m, lambda m: torch.autograd.grad(y, a, m)[0])
+    with untouched(model):
+        found = maps(model, DATA, UniformEpsilon(epsilon=0.0, layer_map=[("block", rule)]))
+        assert off(found, DATA * (below @ model.up.weight.detach())) <= 1e-9
+    with pytest.raises(UnseenError, match="was changed in place"):
+        maps(seeded(Dense(reads=True)), DATA, UniformEpsilon(layer_map=[("block", rule)]))
+
+
+class Stateful(nn.Module):
+    """Like a spiking neuron, it returns its state, too."""
+
+    def forward(self, x, state):
+        state = 0.5 * state + x
+        return Swish.apply(state), state
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.neuron, self.down = nn.Linear(6, 5), Stateful(), nn.Linear(5, 3)
+
+    def forward(self, x):
+        spikes, state = self.neuron(self.up(x), torch.zeros(5))
+        return self.down(self.neuron(self.up(x), state)[0] + spikes)
+
+
+def test_what_the_message_about_several_results_advises_works(untouched):
+    model, leaf = seeded(Steps()), DATA.clone().requires_grad_()
+    with pytest.raises(UnseenError, match="Map Whole"):
+        maps(model, DATA, UniformEpsilon())
+    with pytest.raises(TypeError, match=r"returns a tuple.* or None to it for the ordinary chain rule"):
+        maps(model, DATA, UniformEpsilon(layer_map=[("neuron", Whole(Epsilon()))]))
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    with untouched(model):
+        assert (
+            off(maps(model, DATA, UniformEpsilon(epsilon=0.0, layer_map=[("neuron", None)])), gradient * DATA) <= 1e-9
+        )
+
+
 #: The same functions, made by calls that are seen.
 SEEN = {
     "custom_function": swish,

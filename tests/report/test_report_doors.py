@@ -60,9 +60,9 @@ def test_options_of_a_report(fv, tmp_path, options: dict[str, Any], message: str
 
 def test_a_report_is_of_a_feature_visualization_in_a_folder(fv, tmp_path) -> None:
     for other in (None, "fv", Table.open(fv.path)):
-        with pytest.raises(TypeError, match=f"fv must be a FeatureVisualization, not a {type(other).__name__}"):
+        with pytest.raises(TypeError, match=f"fv must be a FeatureVisualization, not {type(other).__name__}"):
             write_report(other, EpsilonPlus(), tmp_path / "out")
-        with pytest.raises(TypeError, match=f"fv must be a FeatureVisualization, not a {type(other).__name__}"):
+        with pytest.raises(TypeError, match=f"fv must be a FeatureVisualization, not {type(other).__name__}"):
             keep_maximized(other, "second")
     for path in (None, 5):
         with pytest.raises(TypeError, match=r"path must be a folder or a file that ends in \.html, not"):
@@ -82,8 +82,8 @@ def test_a_report_is_of_a_feature_visualization_in_a_folder(fv, tmp_path) -> Non
         ({"seed": 2**70}, "seed must be a whole number of 64 bits"),
         ({"seed": None}, "seed must be a whole number of 64 bits"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
-        ({"optimizer": "adam"}, "optimizer must be a function from a list of tensors, not 'adam'"),
-        ({"optimizer": lambda parameters: None}, "optimizer must give an optimizer of torch, not a NoneType"),
+        ({"optimizer": "adam"}, "optimizer must be a function of a list of tensors, or None; not 'adam'"),
+        ({"optimizer": lambda parameters: None}, "optimizer must give an optimizer of torch, not None"),
         ({"mean": "a"}, "mean must be a finite number, not 'a'"),
         ({"absent": 1}, "there is no setting 'absent'; there are l2, mean, tv"),
     ],

@@ -333,6 +333,10 @@ DIVIDING = {
         lambda a, b: a * (b.square().mean(1, keepdim=True).rsqrt() * torch.arange(1.0, 7, dtype=torch.float64)),
         lambda a, b: a / b.square().mean(1, keepdim=True).sqrt() * torch.arange(1.0, 7, dtype=torch.float64),
     ),
+    "an inverse that is normalized": (
+        lambda a, b: 1 / (a * a + 2) * (1 / (a * a + 2)).square().mean(1, keepdim=True).rsqrt(),
+        lambda a, b: 1 / (a * a + 2) / (1 / (a * a + 2)).square().mean(1, keepdim=True).sqrt(),
+    ),
 }
 
 

@@ -94,6 +94,10 @@ def _operator(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 _library = torch.library.Library("crp_tests", "FRAGMENT")
 _library.define("packed(Tensor x, Tensor packed, Tensor scale) -> Tensor")
 _library.impl("packed", _operator, "CPU")
+_library.define("viewed(Tensor x, Tensor packed, Tensor scale) -> Tensor")
+_library.impl(
+    "viewed", lambda *args: torch.ops.crp_tests.packed(*args).flatten(1).view(-1, 12), "CompositeImplicitAutograd"
+)
 
 
 class OfIntegers(nn.Linear):
@@ -309,16 +313,19 @@ def test_weights_that_change_between_calls_are_noticed():
         torch.testing.assert_close(found, CondAttribution(dense)(DATA, [{"y": 1}], EpsilonPlusFlat()).heatmap)
 
 
-def test_operators_without_a_derivative_are_refused():
+@pytest.mark.parametrize("name", ["packed", "viewed"])
+def test_operators_without_a_derivative_are_refused(name):
+    operator = getattr(torch.ops.crp_tests, name)
+
     class Net(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             h = self[0](x.flatten(1))
             layer = self[1]
-            return self[2](h + torch.ops.crp_tests.packed(h, layer.qweight, layer.scale))
+            return self[2](h + operator(h, layer.qweight, layer.scale))
 
     first, last = nn.Linear(12, 12).double(), nn.Linear(12, 3).double()
     net = Net(first, Packed(nn.Linear(12, 12).double()), last).eval()
-    with pytest.raises(NotImplementedError, match=r"packed.* is registered with torch without a derivative"):
+    with pytest.raises(NotImplementedError, match=rf"{name}.* is registered with torch without a derivative"):
         CondAttribution(net)(DATA, [{"y": 1}], EpsilonPlus())
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import crp
+from crp.metrics import continuity, local_lipschitz, pixel_flipping, randomization, selectivity
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
 NAMES = [method.name for method in crp.methods()]
@@ -20,6 +21,14 @@ GIVEN = {name: {"layer": "4"} for name in MAPS} | {
     "occlusion": {"window_shape": 4, "step": 4},
     "shapley_sampling": {"sampling_dims": (2,), "samples": 2},
     "meaningful_perturbation": {"steps": 3, "mask_size": 4, "mask_blur": 0.0, "sigma": 1.0, "jitter": 1},
+}
+#: Metrics that take a model, data, targets and a method.
+METRICS = {
+    "pixel_flipping": partial(pixel_flipping, patch=2),
+    "selectivity": partial(selectivity, patch=2, steps=2),
+    "continuity": continuity,
+    "local_lipschitz": partial(local_lipschitz, samples=2),
+    "randomization": randomization,
 }
 
 

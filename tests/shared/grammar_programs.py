@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from model_grammar import (
     ACTIVATIONS,
     AFFINE,
+    ATTENTION,
     COMBINING,
     NORMS,
     ONE,
@@ -149,6 +150,11 @@ class Writer:
             return self.step("add", self.product(other, self.step("complement", gate)), self.product(a, gate))
         return self.product(a, gate)
 
+    def attend(self, a: int) -> int | None:
+        """Attention; a query, a key or a value may be what it is made of."""
+        reads = [self.affine(a, like=True) if self.choose.integer(0, 3) else a for _ in range(3)]
+        return self.step("attention", *reads)
+
     def product(self, a: int | None, b: int | None) -> int | None:
         if a is None or b is None:
             return None
@@ -251,7 +257,10 @@ def single(name: str, spelling: str, seed: int, at_input: bool) -> Program | Non
         b = writer.step("shift", writer.step("abs", b), c=0.5)
     if name == "reciprocal":
         a = writer.step("shift", writer.step("square", a), c=2.0)
-    k = writer.step(name, *((a,) if name not in COMBINING else (b, a) if name == "cat" else (a, b)))
+    if name in ATTENTION:
+        k = writer.attend(a)
+    else:
+        k = writer.step(name, *((a,) if name not in COMBINING else (b, a) if name == "cat" else (a, b)))
     if k is None:
         return None
     step, shapes = writer.steps[k - 1], [writer.shapes[i] for i in writer.steps[k - 1].reads]
@@ -281,7 +290,7 @@ class _First:
 #: What is written next, as often as it stands here.
 KINDS = """
     affine affine affine activation activation activation shape shape shape constant constant combine combine residual
-    residual gate gate stem pooling norm conv_norm shared quotient squash small
+    residual gate gate attend stem pooling norm conv_norm shared quotient squash small
 """.split()  # noqa: SIM905
 
 

@@ -167,14 +167,56 @@ def _norm_weights(s: Settings, *shapes: tuple[int, ...]) -> dict[str, tuple[int,
     return {"weight": (s["size"],), "bias": (s["size"],)} if s["affine"] else {}
 
 
+def _affine(w: Weights, y: Tensor) -> Tensor:
+    return y * w["weight"] + w["bias"] if w else y
+
+
 def _written_norm(s: Settings, w: Weights, x: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    y = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + s["eps"])
-    return y * w["weight"] + w["bias"] if w else y
+    return _affine(w, centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + s["eps"]))
 
 
 def _written_rms_norm(s: Settings, w: Weights, x: Tensor) -> Tensor:
     return x * (torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + s["eps"]) * w.get("weight", 1.0))
+
+
+def _norm_by_variance(s: Settings, w: Weights, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return _affine(w, centred * (x.var(-1, keepdim=True, unbiased=False) + s["eps"]).rsqrt())
+
+
+def _norm_by_var_mean(s: Settings, w: Weights, x: Tensor) -> Tensor:
+    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    return _affine(w, (x - mean) / (var + s["eps"]) ** 0.5)
+
+
+def _norm_by_squares(s: Settings, w: Weights, x: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    return _affine(w, (x - mean) / (x.square().mean(-1, keepdim=True) - mean**2 + s["eps"]).sqrt())
+
+
+def _rms_norm_by_length(s: Settings, w: Weights, x: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * w.get("weight", 1.0) / (length**2 / x.shape[-1] + s["eps"]).sqrt()
+
+
+def _rms_norm_by_einsum(s: Settings, w: Weights, x: Tensor) -> Tensor:
+    mean = torch.einsum("...i,...i->...", x, x)[..., None] / x.shape[-1]
+    return w.get("weight", 1.0) * x * torch.rsqrt(mean + s["eps"])
+
+
+def _group_norm_by_batch_norm(s: Settings, w: Weights, x: Tensor) -> Tensor:
+    grouped = x.reshape(1, len(x) * s["groups"], -1)
+    y = F.batch_norm(grouped, None, None, training=True, eps=s["eps"]).reshape(x.shape)
+    shape = (-1, *[1] * (x.dim() - 2))
+    return y * w["weight"].reshape(shape) + w["bias"].reshape(shape) if w else y
+
+
+def _written_group_norm(s: Settings, w: Weights, x: Tensor) -> Tensor:
+    grouped = x.unflatten(1, (s["groups"], -1)).flatten(2)
+    y = _written_norm({"eps": s["eps"]}, {}, grouped).reshape(x.shape)
+    shape = (-1, *[1] * (x.dim() - 2))
+    return torch.addcmul(w["bias"].reshape(shape), y, w["weight"].reshape(shape)) if w else y
 
 
 def _fill(module: nn.Module, w: Weights) -> nn.Module:
@@ -203,17 +245,21 @@ def _groups(choose: Any, shape: tuple[int, ...]) -> Settings | None:
 NORMS = {
     "layer_norm": Operation(
         lambda s, w, x: F.layer_norm(x, (s["size"],), w.get("weight"), w.get("bias"), s["eps"]), "norm",
-        lambda choose, shape: _norm_settings(choose, shape, -1), {"written": _written_norm},
+        lambda choose, shape: _norm_settings(choose, shape, -1),
+        {"written": _written_norm, "variance": _norm_by_variance, "var_mean": _norm_by_var_mean,
+         "squares": _norm_by_squares},
         {"module": lambda s, w: _fill(nn.LayerNorm(s["size"], s["eps"], bool(w)), w)}, _norm_weights,
     ),
     "rms_norm": Operation(
         lambda s, w, x: F.rms_norm(x, (s["size"],), w.get("weight"), s["eps"]), "norm",
-        lambda choose, shape: _norm_settings(choose, shape, -1), {"written": _written_rms_norm},
+        lambda choose, shape: _norm_settings(choose, shape, -1),
+        {"written": _written_rms_norm, "length": _rms_norm_by_length, "einsum": _rms_norm_by_einsum},
         {"module": lambda s, w: _fill(nn.RMSNorm(s["size"], s["eps"], bool(w)), w)},
         lambda s, *shapes: {"weight": (s["size"],)} if s["affine"] else {},
     ),
     "group_norm": Operation(
-        lambda s, w, x: F.group_norm(x, s["groups"], w.get("weight"), w.get("bias"), s["eps"]), "norm", _groups, {},
+        lambda s, w, x: F.group_norm(x, s["groups"], w.get("weight"), w.get("bias"), s["eps"]), "norm", _groups,
+        {"written": _written_group_norm, "batch_norm": _group_norm_by_batch_norm},
         {"module": lambda s, w: _fill(nn.GroupNorm(s["groups"], s["size"], s["eps"], bool(w)), w)}, _norm_weights,
     ),
     "batch_norm": Operation(

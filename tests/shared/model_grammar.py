@@ -11,11 +11,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from grammar_affine import AFFINE, Operation, Settings, Weights, effective
+from grammar_attention import ATTENTION
 from grammar_shapes import ONE, SHAPES
 from grammar_steps import ACTIVATIONS, COMBINING, NORMS, POOLING
 from torch import Tensor, nn
 
-OPERATIONS: dict[str, Operation] = {**AFFINE, **ACTIVATIONS, **POOLING, **NORMS, **COMBINING, **ONE, **SHAPES}
+OPERATIONS: dict[str, Operation] = {
+    **AFFINE, **ACTIVATIONS, **POOLING, **NORMS, **COMBINING, **ATTENTION, **ONE, **SHAPES
+}  # fmt: skip
 #: Steps whose result is squashed (between 0 and 1, or scaled) if all that they read is.
 SQUASH_KEEPING = frozenset(
     "scale complement slice chunk swap flatten unflatten unsqueeze flip roll upsample same cat stack".split()  # noqa: SIM905
@@ -182,7 +185,7 @@ def gating(program: Program) -> list[bool | None]:
         read = [known[i] for i in step.reads]
         if step.name == "quotient":  # (one by its own absolute value is bounded)
             known.append(None)
-        elif step.name in ("sigmoid", "hardsigmoid", "tanh", "softsign", "exp") or (
+        elif step.name in ("sigmoid", "hardsigmoid", "tanh", "softsign", "exp", "elu") or (
             step.name in SQUASH_KEEPING | {"shift"} and all(read)
         ):
             known.append(True)
@@ -237,7 +240,9 @@ def activated(program: Program) -> list[bool | None]:
     for step in program.steps:
         read = [known[i] for i in step.reads]
         rule, name = step.operation.rule, step.name
-        if rule == "squash" or (rule == "pass" and name not in ("abs", "square", "normalize")):
+        if name in ("relu_part", "silu_part"):
+            known.append(False if step.settings["start"] else None)
+        elif rule == "squash" or (rule == "pass" and name not in ("abs", "square", "normalize")):
             known.append(True if step.is_module or step.spelling not in _BY_HAND else None)
         elif name in SQUASH_KEEPING and all(read):
             known.append(True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from grammar_affine import conv_padded, conv_valid, linear, transposed
+from grammar_attention import in_heads, joined, logits
 from model_grammar import Program, activated, dividing, gating, merged, origins, squashed
 from slow_rules import Doubtful, Refused, Rule, at_input, divided, hidden, shared
 from torch import Tensor
@@ -109,7 +110,7 @@ class SlowReference:
         for k, step in enumerate(program.steps):
             if step.operation.rule == "refused" and k + 1 in read:  # (what nothing reads explains nothing)
                 raise Refused(step.name)
-            if step.operation.rule == "weighted" and not self._has_rule(k):
+            if step.operation.rule in ("weighted", "attention") and not self._has_rule(k):
                 raise Refused(step.name)
             self.values.append(program.plain(k, *(self.values[i] for i in step.reads)))
         self._look_at_input(unreached)
@@ -198,6 +199,8 @@ class SlowReference:
             raise Doubtful("relative to what")
         padding, w, reach, b = self._matrices(k)
         a = x.flatten(1) @ padding.T
+        if ((a != 0) & (a.abs() < 1e-12)).any():
+            raise Doubtful("an input that is 0 but for rounding")
         if first is None or not self.raw[i]:
             return [hidden(rule, a, w, b, m, zero_bias, self.zeros) @ padding]
         r = m * (a @ w.T + b)
@@ -225,7 +228,10 @@ class SlowReference:
 
     def _linear(self, k: int, m: Tensor, *inputs: Tensor) -> list[Tensor]:
         """Jᵀ m; constants keep their share, but for numbers that are added to what a gate is made of."""
-        if self.program.steps[k].name in ("shift", "complement"):
+        is_number = self.program.steps[k].name == "add_bias" and inputs[0].shape[1] == 1
+        if self.program.steps[k].name in ("shift", "complement") or is_number:
+            if any(map(self._is_inverse, self.origins[self.program.steps[k].reads[0]])):
+                raise Doubtful("1 - 1 / (1 + a) is a / (1 + a), where 1 has no share")
             is_part = self.gating[self.program.steps[k].reads[0]]
             if is_part is None:
                 raise Doubtful("a constant, or part of a gate")
@@ -233,7 +239,19 @@ class SlowReference:
                 raise Doubtful("whether a number is added to 0, or to what has made it")
             if is_part:
                 return self._pass(k, m, *inputs)
+        if self._is_written_out(k):
+            raise Doubtful("a sum, or an activation that is written out with numbers in it")
         return [m @ matrix for matrix in self._parts(k, *inputs)]
+
+    def _is_written_out(self, k: int) -> bool:
+        """Whether what is summed up is made of the same tensor, entry by entry and by numbers that are added."""
+        reads = self.program.steps[k].reads
+        if len(reads) < 2 or not self.origins[reads[0]] & self.origins[reads[1]]:
+            return False
+        return any(i and self.program.steps[i - 1].name in ("shift", "complement") for i in self._origins_of(reads))
+
+    def _origins_of(self, values: tuple[int, ...]) -> set[int]:
+        return set().union(*(self.origins[i] for i in values))
 
     def _parts(self, k: int, *inputs: Tensor) -> list[Tensor]:
         """Matrix of a linear step for each operand, where the others are zero."""
@@ -249,10 +267,16 @@ class SlowReference:
 
     def _pass(self, k: int, m: Tensor, a: Tensor) -> list[Tensor]:
         """R as it is: J = diag(y / a), which for ReLU and the like is the derivative."""
+        below = self.origins[self.program.steps[k].reads[0]]
+        if self.program.steps[k].name == "reciprocal" and any(self._is_inverse(i) for i in below):
+            raise Doubtful("1 / (1 / a + c) is a / (1 + c a), where c has no share")
         y, a = self.values[k + 1].flatten(1), a.flatten(1)
         return [divided(m * y, a)]
 
     _squash = _pass
+
+    def _is_inverse(self, i: int) -> bool:
+        return i > 0 and self.program.steps[i - 1].name in ("reciprocal", "quotient")
 
     def _batch_norm_map(self, k: int) -> tuple[Tensor, Tensor]:
         """Scale and shift of one sample."""
@@ -305,7 +329,7 @@ class SlowReference:
         if name != "rms_norm":
             parts = scaled.reshape(grouped.shape)
             sent = (parts - parts.mean(-1, keepdim=True)).reshape(a.shape)
-        if self.method.zero_bias and step.spelling != "written":
+        if self.method.zero_bias and step.spelling in ("plain", "module"):
             # (the share of the bias goes to the input at the same place)
             bias = weights.get("bias", torch.zeros(1, dtype=torch.float64)).reshape(shape)
             sent = sent + torch.where(a == 0, 0.0, m.reshape(a.shape) * bias / torch.where(a == 0, 1.0, a))
@@ -341,7 +365,8 @@ class SlowReference:
         return None
 
     def _has_rule(self, k: int) -> bool:
-        return self.method.attention is not None or self._has_weights(k)
+        is_attention = self.program.steps[k].name == "attention"
+        return self.method.attention is not None or (not is_attention and self._has_weights(k))
 
     def _weighted(self, k: int, m: Tensor, a: Tensor, b: Tensor) -> list[Tensor | None]:
         """The values take all and the weights nothing, or each half."""
@@ -353,6 +378,20 @@ class SlowReference:
         to_a = half * m @ b.flatten(2) if held != 0 else None
         to_b = half * m.mT @ a.flatten(2) if held != 1 else None
         return [to_a, to_b]
+
+    def _attention(self, number: int, m: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor | None]:
+        """The values take all; or each product hands half to both, and the softmax passes on by its Jacobian."""
+        step = self.program.steps[number]
+        if self.dividing[step.reads[2]] is not False:
+            raise Doubtful("weights, or values that are one over something")
+        s = step.settings
+        m, q, k, v = (in_heads(s, tokens.reshape(v.shape)) for tokens in (m, q, k, v))
+        weights = logits(s, q, k).softmax(-1)
+        if self.method.attention == "constant":
+            return [None, None, joined(weights.mT @ m)]
+        of_weights = m @ v.mT / 2
+        of_logits = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * s["scale"] / 2
+        return [joined(of_logits @ k), joined(of_logits.mT @ q), joined(weights.mT @ m / 2)]
 
     def _is_held(self, i: int, j: int) -> bool:
         """Whether value i is held constant in a product with value j.
@@ -382,6 +421,8 @@ class SlowReference:
         return tuple(torch.broadcast_shapes(self._shape(i), self._shape(j)))
 
     def _glu(self, k: int, m: Tensor, a: Tensor) -> list[Tensor]:
+        if self.program.steps[k].spelling == "written" and self.squashed[self.program.steps[k].reads[0]] is not False:
+            raise Doubtful("which of two gates is the signal")
         signal, below = a.chunk(2, 1)
         gate, m = below.sigmoid(), m.reshape(signal.shape)
         if self.method.gates == "signal":

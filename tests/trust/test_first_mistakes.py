@@ -46,7 +46,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda: ChannelConcept().attribute(RESULT.relevances),
         "tensor of one layer, .*, not a dict",
     ),
-    "a result": (lambda: AxisConcept(-1).attribute(RESULT), "such as result.relevances.*, not a AttributionResults"),
+    "a result": (lambda: AxisConcept(-1).attribute(RESULT), "such as result.relevances.*, not an AttributionResults"),
     "a mask of channels": (
         lambda: CondAttribution(NET)(PICTURES, [{"y": 0, "1": torch.ones(3, 9) > 0}]),
         r"layer '1': concept ids must be integers, not tensor\(\[\[True, .*…$",
@@ -127,7 +127,7 @@ def test_a_model_in_place_of_an_attribution(call: Callable[[], Any]) -> None:
         ({"path": "file/index"}, "index cannot be a folder, since it is, or is in, a file"),
         ({"attribution": NET}, r"attribution must be CondAttribution\(model\), not a Sequential"),
         ({"cache": "pictures"}, r"cache must be a Cache, such as ImageCache\(path\), or None; not 'pictures'"),
-        ({"layer_map": {"1": Forgetful()}}, r"Forgetful.mask returns .* of \(1, 3, 4, 4\); it returns a NoneType"),
+        ({"layer_map": {"1": Forgetful()}}, r"Forgetful.mask returns .* of \(1, 3, 4, 4\); it returns None"),
     ],
     ids=[
         "preprocess_fn",

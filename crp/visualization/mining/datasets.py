@@ -23,6 +23,7 @@ from torch.utils.data import (
 )
 
 from crp.errors import CRPError, InputTypeError, StateError
+from crp.notices import kind_of
 from crp.visualization.mining.marks import Source, source_of
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -94,7 +95,7 @@ def indexed(dataset: Any) -> Any:
         raise _stream(dataset)
     if isinstance(dataset, Mapping) and 0 not in dataset:
         names = ", ".join(map(repr, list(dataset)[:5]))
-        raise InputTypeError(f"the dataset is a {type(dataset).__name__} of {names}; give one of them (split=...)")
+        raise InputTypeError(f"the dataset is {kind_of(dataset)} of {names}; give one of them (split=...)")
     if isinstance(dataset, str | bytes):
         raise InputTypeError(
             f"the dataset must be a list of samples, or what is read by index, not the word {dataset!r}"
@@ -134,7 +135,7 @@ def _check_sampler(loader: DataLoader[Any]) -> None:
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset):  # type: ignore[arg-type]
         return
     raise InputTypeError(
-        f"the DataLoader chooses samples by a {type(sampler).__name__}, and mining looks at all of a dataset: give "
+        f"the DataLoader chooses samples by {kind_of(sampler)}, and mining looks at all of a dataset: give "
         "torch.utils.data.Subset(dataset, indices)"
     )
 
@@ -158,7 +159,7 @@ def as_tensor(data: Any) -> Tensor:
             )
         pixels = np.array(data, np.float32) / 255
         return torch.from_numpy(pixels).reshape(data.height, data.width, -1).permute(2, 0, 1).contiguous()
-    raise InputTypeError(f"the data is a {type(data).__name__}; a transform must make it a tensor")
+    raise InputTypeError(f"the data is {kind_of(data)}; a transform must make it a tensor")
 
 
 class SampleError(StateError):
@@ -245,7 +246,7 @@ def _field(item: Any, field: int | str | None, role: str) -> Any:
     try:
         # (a tensor, a picture or a word has an index, too, but no fields)
         if not (hasattr(item, "keys") or isinstance(item, tuple | list)):
-            raise InputTypeError(f"a {type(item).__name__} has no fields")
+            raise InputTypeError(f"{kind_of(item)} has no fields")
         return item[field]
     except (KeyError, IndexError, TypeError) as error:
         if hasattr(item, "keys"):
@@ -253,15 +254,15 @@ def _field(item: Any, field: int | str | None, role: str) -> Any:
         elif isinstance(item, tuple | list):
             has = f"{len(item)} entries"
         else:
-            has = f"a {type(item).__name__} without fields, which data=None takes as it is"
+            has = f"{kind_of(item)} without fields, which data=None takes as it is"
         hint = f"Say where the {role} is, by {role}=... or --fields"
         raise InputTypeError(f"an item of the dataset has no {role} at {field!r}; it has {has}. {hint}") from error
 
 
 def _wrong(item: object) -> str | None:
     if not isinstance(item, tuple | list) or len(item) != 2:
-        what = f"{len(item)} entries" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
+        what = f"{len(item)} entries" if isinstance(item, tuple | list) else kind_of(item)
         return f"the dataset gives {what}, not a pair (tensor, label); {_HINT}"
     if not isinstance(item[0], Tensor):
-        return f"the dataset gives (..., label) with a {type(item[0]).__name__}, not a tensor; {_HINT}"
+        return f"the dataset gives (..., label) with {kind_of(item[0])}, not a tensor; {_HINT}"
     return None

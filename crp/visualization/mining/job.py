@@ -25,8 +25,8 @@ from crp.engine.independence import check_independent, check_keeps_nothing
 from crp.engine.inputs import Inputs
 from crp.engine.taps import check_layers, in_model_order
 from crp.errors import InputError, InputTypeError
-from crp.flags import check_flags
-from crp.notices import warn
+from crp.flags import check_flags, check_function
+from crp.notices import kind_of, warn
 from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.encoded import Encoded, encoded_in, files_of, on_device
@@ -178,8 +178,7 @@ class MiningOptions:
         check_choice("on_error", options.on_error, Literal["stop", "skip"])
         check_choice("storage", options.storage, Storage)
         for name, function in (("preprocess", options.preprocess), ("single_targets", options.single_targets)):
-            if function is not None and not callable(function):
-                raise InputTypeError(f"{name} must be a function, not {function!r}")
+            check_function(name, function, "samples" if name == "preprocess" else "labels")
         check_device(options.device, "device")
         check_device(options.on_device, "on_device")
         if parse_targets(options.targets) != "label" and options.single_targets is not None:
@@ -361,9 +360,8 @@ def _get_first(
             data = sample.data[None].to(device)
             ready = data if preprocess is None else preprocess(data)
             if not isinstance(ready, Tensor) or len(ready) != 1:
-                got = tuple(ready.shape) if isinstance(ready, Tensor) else f"a {type(ready).__name__}"
                 raise InputTypeError(
-                    f"preprocess must make a sample of shape (1, ...) of {tuple(data.shape)}, not {got}"
+                    f"preprocess must make a sample of shape (1, ...) of {tuple(data.shape)}, not {kind_of(ready)}"
                 )
             return ready
         if sample.problem.error is None:  # no fault of the sample: the dataset is of another kind

@@ -117,8 +117,8 @@ def list_layers(model: nn.Module, data: Any, n: int = 4) -> list[LayerShape]:
     ----------
     model : nn.Module
         In evaluation mode.
-    data : Tensor
-        A sample as the model takes it, with a batch axis.
+    data : Tensor, or dict of str to Tensor
+        A sample as the model takes it, with a batch axis; or its inputs by name.
     n : int
         How many are suggested, at most.
     """
@@ -146,7 +146,7 @@ def list_layers(model: nn.Module, data: Any, n: int = 4) -> list[LayerShape]:
 
     handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
     try:
-        model(data)
+        model(**data) if isinstance(data, dict) else model(data)
     finally:
         for handle in handles:
             handle.remove()

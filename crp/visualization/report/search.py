@@ -40,7 +40,7 @@ def write_search(
                 layer,
                 to(addresses.layer(layer)),
                 to(addresses.concept(layer, 0)).replace("/0.html", "/{}.html"),
-                [round(float(share), 5) for share in one.mean],
+                [float(f"{float(share):.4g}") for share in one.mean],
             ]
             for layer, one in facts.items()
         ],

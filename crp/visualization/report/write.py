@@ -231,7 +231,7 @@ def _render(atlas: Atlas, table: Table, composite: Composite | None, bar: Mappin
 
 def _table_of(fv: object) -> Table:
     if not isinstance(fv, FeatureVisualization):
-        raise InputTypeError(f"fv must be a FeatureVisualization, not a {type(fv).__name__}")
+        raise InputTypeError(f"fv must be a FeatureVisualization, not {type(fv).__name__}")
     return Table.open(fv.path)
 
 

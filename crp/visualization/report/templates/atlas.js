@@ -37,7 +37,9 @@
   const entries = [];
   const percent = share => { // (as in the pages' text)
     const value = 100 * share, size = Math.abs(value);
-    return `${size >= 0.95 ? value.toFixed(1) : size >= 0.005 ? value.toFixed(2) : 0}\u00a0%`.replace("-", "\u2212");
+    const few = value > 0 ? "<\u00a00.01" : ">\u00a0-0.01";
+    const text = !size ? "0" : size < 0.005 ? few : value.toFixed(size >= 0.95 ? 1 : 2);
+    return `${text}\u00a0%`.replace("-", "\u2212");
   };
   for (const [name, address] of classes) entries.push([name, "class", address, 2]);
   for (const [layer, address, concept, shares] of layers) {
