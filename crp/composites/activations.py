@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,9 +36,7 @@ def _is_of_the_user(kind: Any) -> bool:
     )
 
 
-def _one_activation(
-    module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[list[Function], int] | None:
+def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> _Found:
     """Functions of which a module makes one activation in this call, and its notes; None if it makes anything else.
 
     A module is one activation if it is called with one tensor, returns one of the same shape, reads no other tensor
@@ -62,7 +60,8 @@ def _one_activation(
 
 
 #: Answers that are remembered: for each module, by `_key`.
-_answers: WeakKeyDictionary[nn.Module, dict[Any, tuple[list[Function], int] | None]] = WeakKeyDictionary()
+_Found: TypeAlias = tuple[list[Function], int] | None
+_answers: WeakKeyDictionary[nn.Module, dict[Any, _Found]] = WeakKeyDictionary()
 _MOST_ANSWERS = 64
 
 
@@ -93,7 +92,7 @@ def _is_plain(value: object) -> bool:
     return type(value) in _PLAIN
 
 
-def _probed(module: nn.Module, data: Tensor, probe: _Probe) -> tuple[list[Function], int] | None:
+def _probed(module: nn.Module, data: Tensor, probe: _Probe) -> _Found:
     with undisturbed(module), torch.enable_grad():
         leaf = data.detach().clone().requires_grad_()
         probe.notes.enter(leaf, None)
@@ -107,8 +106,7 @@ def _probed(module: nn.Module, data: Tensor, probe: _Probe) -> tuple[list[Functi
         if not probe.is_seen:
             probe.reads_others = True  # (another time, its values may be others)
             x, y = leaf.detach(), output.detach()
-            known = next((look_up(one) for one in _OF_TORCH if _is_equal(one, x, y)), None)
-            return None if known is None else ([known], known.gives)
+            return next((([look_up(one)], look_up(one).gives) for one in _OF_TORCH if _is_equal(one, x, y)), None)
         functions, flags = probe.functions, probe.notes.flags(output)
     is_smooth = any(function.kind == "activation" and function.has("identity") for function in functions)
     is_one = probe.is_seen and len(functions) > 1 and all(function.has("elementwise") for function in functions)

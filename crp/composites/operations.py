@@ -252,11 +252,10 @@ class Operations(SeeingMode):
             self._step_back()
         if found is None:
             return None
-        functions, flags = found
-        known = activation(type(module).__name__, flags)
+        known = activation(type(module).__name__, found[1])
         choice = self.choose(known, known.kind)
         if choice.rule is None or any(
-            self.choose(function, function.kind).number < choice.number for function in functions
+            self.choose(function, function.kind).number < choice.number for function in found[0]
         ):
             return None
         return choice, known

@@ -11,7 +11,7 @@ tell them apart, what is computed of a tensor is computed of some points, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -19,57 +19,38 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from crp.layers.devices import holds, is_recording
-from crp.rules.functions import look_up
+from crp.rules.curves import (
+    _IDENTITY,
+    _STACKING,
+    _begins_at_zero,
+    _bends_at_zero,
+    _bounded,
+    _Curve,
+    _curve,
+    _is_curved,
+    _is_symmetric,
+    _power,
+)
 from crp.rules.layer import changed
 from crp.rules.notes import Born, Note, Notes
 from crp.rules.operation import Operation, _is_one_number
 from crp.rules.passing import _CUTTING, _SEVERAL, _SUMS, _bounds, _run_on
-from crp.rules.spellings import in_place
 from crp.trace.recorder import tensors_in
 
 _CONDITIONS = frozenset(("ge", "gt", "le", "lt"))
 #: Functions that choose; what they choose may be a tensor of one number in every entry.
 _SELECTING = frozenset("clamp clamp_max clamp_min fmax fmin heaviside masked_fill maximum minimum where".split())  # noqa: SIM905
-#: Functions that put tensors side by side, along an axis that is new, and those along it.
-_STACKING = frozenset(("cat", "stack"))
+#: Functions along an axis on which others stand side by side.
 _ALONG = frozenset("amax amin log_softmax logsumexp max min softmax".split())  # noqa: SIM905
+#: What is not known of exponentials that are bounded, or powers.
+_OF_NUMBERS = Born.SQUASHED | Born.EXPONENTIAL | Born.GATING
+#: Functions that are exponentials, or make gates of them.
+_OF_EXPONENTIALS = frozenset(("div", "exp", "exp2", "pow", "rdiv", "reciprocal", "rpow"))
 #: Functions that such a function may begin with: in these, a variable of the model still holds what they read.
 _HELD = _CONDITIONS | {"abs", "heaviside", "neg", "sgn", "sign"}
 BEGINNING = _SUMS | _HELD | _STACKING | {"clamp", "hardsigmoid", "hardtanh", "softplus"}
-_AMOUNTS = 10.0 ** torch.linspace(-3, 4, 36, dtype=torch.float64, device="cpu")
-_POINTS = torch.cat([-_AMOUNTS.flip(0), 0 * _AMOUNTS[:1], _AMOUNTS])
-#: How many tensors are remembered that a function may be one of, and how many functions of Python's numbers.
-_MOST, _MOST_CURVES = 6, 4096
-
-
-class _Curve:
-    """What a function makes of `_POINTS`; it is found out once of those that are made of Python's numbers alone.
-
-    Parameters
-    ----------
-    values : Tensor of shape (points,), or (points, entries) of functions side by side
-    is_settled : bool
-        Whether it is such a function, and not one of numbers in tensors, which may be others in a replay.
-    """
-
-    def __init__(self, values: Tensor, is_settled: bool = True) -> None:
-        self.values, self.is_settled = values, is_settled
-        self._gives: dict[Callable[[Tensor], Tensor], int] = {}
-
-    def gives(self, kind: Callable[[Tensor], Tensor]) -> int:
-        """What is known of its results (`Born`), if it is one activation of this kind; -1 if not."""
-        if kind in self._gives or self.values.dtype == torch.bool:
-            return self._gives.get(kind, -1)
-        found = _given(self.values) if holds(partial(kind, self.values)) else -1
-        if self.is_settled and not is_recording():  # (where a GPU records, nothing holds)
-            self._gives[kind] = found
-        return found
-
-
-_IDENTITY = _Curve(_POINTS)
-#: Functions of Python's numbers, by calls; a model calls the same ones again and again.
-_curves: dict[Any, _Curve] = {}
+#: How many tensors are remembered that a function may be one of.
+_MOST = 6
 
 
 class _Source(NamedTuple):
@@ -255,6 +236,28 @@ def _is_of_several(note: Note | None) -> bool:
     return note is not None and isinstance(note.parts, _Entrywise) and note.parts.axis is not None
 
 
+def _known(op: Operation, notes: Notes, parts: object, passed: int) -> int:
+    """What is known of an operation's result that may be one function of a tensor, entry by entry."""
+    is_joined = len(op.inputs) > 1 and _is_written_out(op, map(notes.born, op.inputs))
+    is_bounded = op.known.canonical in _OF_EXPONENTIALS and bool((op.known.gives | op.flags) & Born.GATING)
+    made = parts if isinstance(parts, _Entrywise) else None
+    if made is None and (is_joined or is_bounded):
+        made = _entrywise(op, notes, begins=False)
+    if made is None:
+        return passed | (Born.ACTIVATION if is_joined else 0)
+    if is_bounded and not op.flags & Born.SQUASHED and (born := made.of_numbers()) is not None:
+        passed = passed & ~(_OF_NUMBERS if born else Born.SQUASHED) | born
+    if made.is_softmax and made.axis is None:
+        passed &= ~(Born.SOFTMAX | Born.LOGARITHM)
+    return passed | (made.gives or 0) | (Born.ACTIVATION if is_joined and made.gives != 0 else 0)
+
+
+def _is_written_out(op: Operation, born: Iterable[int]) -> bool:
+    """Whether several operands that are made of one tensor make an activation of it, as ``x * sigmoid(x)`` is one."""
+    marks = Born.ACTIVATION | (Born.DIVISOR if op.known.canonical == "mul" else 0)
+    return op.known.has("quotient", "choosing", "selection") or any(one & marks for one in born)
+
+
 def _of_mask(op: Operation, notes: Notes, result: object) -> _Entrywise | None:
     """What is remembered of what a call makes of a mask alone, such as ``(x > 0).float()``."""
     made = _entrywise(op, notes, begins=False) if isinstance(result, Tensor) else None
@@ -290,34 +293,6 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _curve(call: Any, curves: Mapping[Note, _Curve]) -> _Curve:
-    """What a call makes of functions."""
-    function, args, kwargs = changed(call, curves.__getitem__, Note)
-    key = function, args, tuple(kwargs.items())
-    if next(tensors_in((args, kwargs)), None) is not None or not all(curve.is_settled for curve in curves.values()):
-        return _Curve(_values(*key), is_settled=False)
-    try:
-        found = _curves.get(key)
-    except TypeError:  # (a list is among its arguments)
-        return _Curve(_values(*key))
-    if found is None:
-        if len(_curves) >= _MOST_CURVES:
-            _curves.clear()
-        found = _curves[key] = _Curve(_values(*key))
-    return found
-
-
-def _values(function: Callable[..., Tensor], args: Sequence[Any], kwargs: Sequence[tuple[str, Any]]) -> Tensor:
-    """What a call makes of functions."""
-    args, named = changed((args, dict(kwargs)), lambda curve: torch.clone(curve.values), _Curve)
-    if look_up(function).canonical in _STACKING:
-        return torch.stack([one.expand(_POINTS.shape) for one in tensors_in((args, named))], 1)
-    if in_place(function, {}):  # (what it writes into may be a number)
-        args = args[0] + 0 * _POINTS, *args[1:]
-    with torch.no_grad():
-        return function(*args, **named)
-
-
 def _moved(op: Operation, made: _Entrywise) -> _Entrywise:
     """The same where a function has moved or copied entries."""
     result = _Entrywise({}, frozenset(), made.is_shifted, made.axis, made.is_softmax)
@@ -331,69 +306,3 @@ def _moved(op: Operation, made: _Entrywise) -> _Entrywise:
         result.sources[new] = source
         result.passing |= {new} if key in made.passing else set()
     return result
-
-
-def _is_curved(values: Tensor) -> Tensor:
-    """Whether a function is not linear."""
-    slopes = ((values[1:] - values[:-1]) / (_POINTS[1:] - _POINTS[:-1])).nan_to_num()
-    return ((slopes - slopes[0]).abs() > 1e-6 * slopes.abs().amax()).any()
-
-
-def _is_symmetric(values: Tensor) -> Tensor:
-    """Whether a function is symmetric about zero, and not linear."""
-    below, middle, above = _rises(values)
-    rounding, line = 1e-6 * (above.abs() + below.abs() + middle.abs()), above[0] / _AMOUNTS[0] * _AMOUNTS
-    # (of large numbers, exponentials may be infinite, and their quotients no numbers)
-    return ~((above - below).abs() > rounding).any() & ((above - line).abs() > rounding).any()
-
-
-def _begins_at_zero(values: Tensor) -> Tensor:
-    """Whether a function is zero at zero, and not all around it, nor linear."""
-    below, middle, above = _rises(values)
-    next_to_it = torch.maximum(below[0].nan_to_num().abs(), above[0].nan_to_num().abs())
-    is_line = (values - above[-1] / _AMOUNTS[-1] * _POINTS).abs() <= 1e-6 * values.abs()
-    return (middle[0].abs() <= 1e-6 * next_to_it) & (next_to_it > 0) & ~is_line.all()
-
-
-def _bends_at_zero(values: Tensor) -> Tensor:
-    """Whether a function is linear on one side of zero, and curved from there on on the other."""
-    below, _, above = _rises(values)
-    slopes = torch.stack([below, above]) / _AMOUNTS
-    is_line = ((slopes - slopes[:, -1:]).abs() <= 1e-6 * slopes.abs()).all(1) & (slopes[:, 0] != 0)
-    is_curved = (slopes[:, 1] - slopes[:, 0]).abs() > 1e-6 * slopes[:, 0].abs()
-    return (is_line & is_curved.flip(0)).any()
-
-
-def _rises(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How far a function rises up to zero, what it is there, and how far it rises from there, by the distance."""
-    below, middle, above = values.split_with_sizes([len(_AMOUNTS), 1, len(_AMOUNTS)])
-    return middle - below.flip(0), middle, above - middle
-
-
-def _given(values: Tensor) -> int:
-    """What is known of results of an activation, if they are bounded; nothing of an even one, such as ``-|x|``."""
-    below, _, above = _rises(values)
-    if holds(lambda: ((above + below).abs() <= 1e-6 * above.abs()).all()):
-        return 0
-    return Born.ACTIVATION | (_bounded(values) if holds(lambda: _is_symmetric(values)) else 0)
-
-
-def _bounded(values: Tensor) -> int:
-    """What is known of results of an activation that is the same for all large numbers, on both sides of zero."""
-    values = values[~values.isnan()]
-    if len(values) < 2 or not holds(lambda: _is_flat(values[:2]) & _is_flat(values[-2:])):
-        return 0
-    return Born.ACTIVATION | Born.GATING | (Born.SQUASHED if holds(lambda: (values >= 0).all()) else Born.BALANCED)
-
-
-def _power(values: Tensor) -> int:
-    """What is known of results of an activation that is a power of positive numbers: whether it divides by them."""
-    positive = values[len(_AMOUNTS) + 1 :]
-    quotients = positive[1:] / positive[:-1]
-    if not holds(lambda: ((quotients - quotients[0]).abs() <= 1e-6).all() & ((quotients[0] - 1).abs() > 1e-6)):
-        return 0
-    return Born.DIVISOR if holds(lambda: quotients[0] < 1) else Born.ACTIVATION
-
-
-def _is_flat(values: Tensor) -> Tensor:
-    return (values == values[:1]).all() & values.isfinite().all()

@@ -8,30 +8,39 @@ threads) makes tensors without a note, and the next operation that reads one is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise, _is_of_several, _itself, _of_mask
+from crp.rules.entrywise import (
+    _OF_EXPONENTIALS,
+    BEGINNING,
+    _Entrywise,
+    _entrywise,
+    _is_of_several,
+    _itself,
+    _known,
+    _of_mask,
+)
 from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
 from crp.rules.layer import Layer, _in_words, changed
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _in_parts, _steps
-from crp.rules.operation import RESULTS, Operation
+from crp.rules.operation import RESULTS, Operation, _fills
 from crp.rules.packed import _has_derivative
-from crp.rules.passing import _SEVERAL, _copied, _passed
+from crp.rules.passing import _RANKING, _SEVERAL, _copied, _passed
 from crp.rules.recurrent import RECURRENT
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
+from crp.rules.written_out import _cosine
 from crp.trace.recorder import tensors_in
 
 # In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
@@ -125,7 +134,7 @@ class SeeingMode(TorchFunctionMode):
             if self.notes.has_parts and args and self._is_mask_of_data(args[0]):
                 of_mask = _of_mask(Operation(func, args, kwargs, known, [args[0]], 0), self.notes, result)
                 self.notes.remember(result, of_mask)
-            if self.notes.has_choices and any(map(self._is_chosen, tensors_in((args, kwargs)))):
+            if self.notes.has_choices and any(map(self.notes.is_chosen, tensors_in((args, kwargs)))):
                 self.notes.add_choice(result)
             return result
         if known.canonical in _DERIVATIVES:
@@ -137,7 +146,7 @@ class SeeingMode(TorchFunctionMode):
         if known.canonical == "einsum" and len(inputs) == 2 and (steps := _steps(*args)) is not None:
             with self:
                 return steps()
-        if known.name == "setitem" and _is_mask(args[1]) and _is_number(args[2]):
+        if known.name == "setitem" and _fills(*args):
             n_missing = args[0].dim() - args[1].dim()
             mask = args[1].reshape(*args[1].shape, *[1] * n_missing) if n_missing else args[1]
             self.__torch_function__(Tensor.masked_fill_, types, (args[0], mask, args[2]))
@@ -191,7 +200,7 @@ class SeeingMode(TorchFunctionMode):
         is_made = below is not None and (len(op.inputs) > 1 or op.known.canonical in _OF_EXPONENTIALS)
         passed = _passed(op, self.notes)
         if is_made or isinstance(parts, _Entrywise):
-            passed = self._made(op, parts, passed)
+            passed = _known(op, self.notes, parts, passed)
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
             if not op.known.known:
@@ -211,21 +220,6 @@ class SeeingMode(TorchFunctionMode):
         self._note(op, result, passed, copied, parts, below)
         return result
 
-    def _made(self, op: Operation, parts: Any, passed: int) -> int:
-        """What is known of an operation's result that may be one function of a tensor, entry by entry."""
-        is_joined = len(op.inputs) > 1 and _is_written_out(op, map(self.notes.born, op.inputs))
-        is_bounded = op.known.canonical in _OF_EXPONENTIALS and bool((op.known.gives | op.flags) & Born.GATING)
-        made = parts if isinstance(parts, _Entrywise) else None
-        if made is None and (is_joined or is_bounded):
-            made = _entrywise(op, self.notes, begins=False)
-        if made is None:
-            return passed | (Born.ACTIVATION if is_joined else 0)
-        if is_bounded and not op.flags & Born.SQUASHED and (born := made.of_numbers()) is not None:
-            passed = passed & ~(_OF_NUMBERS if born else Born.SQUASHED) | born
-        if made.is_softmax and made.axis is None:
-            passed &= ~(Born.SOFTMAX | Born.LOGARITHM)
-        return passed | (made.gives or 0) | (Born.ACTIVATION if is_joined and made.gives != 0 else 0)
-
     def _parts(self, op: Operation, below: Note | None) -> Any:
         """What is remembered of a call, by what is of its operands."""
         notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
@@ -240,10 +234,6 @@ class SeeingMode(TorchFunctionMode):
         if parts is None and (begins or _Entrywise in kinds):
             return _entrywise(op, self.notes, begins)
         return notes[0].parts if notes and op.known.canonical == "clone" and parts is None else parts
-
-    def _is_chosen(self, tensor: Tensor) -> bool:
-        """Whether some entries of a tensor were chosen, or it says which."""
-        return bool(self.notes.flags(tensor) & (Born.ROUTED | Born.CHOSEN))
 
     def _is_mask_of_data(self, value: object) -> bool:
         """Whether an argument is a constant that was made of what depends on the model's input, such as ``x > 0``."""
@@ -331,7 +321,7 @@ class SeeingMode(TorchFunctionMode):
             for number, item in enumerate(result if several else [one]):
                 self.notes.remember(item, parts.one(number) if several else parts)
         is_constant = isinstance(result, Tensor) and not result.requires_grad
-        if op.known.canonical in _RANKING or (is_constant and any(map(self._is_chosen, op.inputs))):
+        if op.known.canonical in _RANKING or (is_constant and any(map(self.notes.is_chosen, op.inputs))):
             self.notes.add_choice(result)
         if op.known.canonical == "mul" and not op.overwrites:
             self.products.add(result, (*op.args, *op.kwargs.values()))
@@ -386,12 +376,6 @@ class SeeingMode(TorchFunctionMode):
         return ""
 
 
-#: What is not known of exponentials that are bounded, or powers.
-_OF_NUMBERS = Born.SQUASHED | Born.EXPONENTIAL | Born.GATING
-#: Functions that are exponentials, or make gates of them.
-_OF_EXPONENTIALS = frozenset(("div", "exp", "exp2", "pow", "rdiv", "reciprocal", "rpow"))
-#: Functions that give an index.
-_RANKING = frozenset("argmax argmin argsort kthvalue max min multinomial sort topk".split())  # noqa: SIM905
 _SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 _DERIVATIVES = frozenset({"grad", "backward"})
 #: Functions that are several others; these are given how they add up.
@@ -402,31 +386,6 @@ _WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
     **{name: lambda add, *args, steps=steps, **keywords: steps(*args, **keywords) for name, steps in RECURRENT.items()},
 }
-
-
-def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
-    shape, dim = torch.broadcast_shapes(left.shape, right.shape), keywords["dim"]  # type: ignore[no-untyped-call]
-
-    def direction(tensor: Tensor) -> Tensor:
-        sizes = [1] * (len(shape) - tensor.dim()) + [-1] * tensor.dim()  # (as it is along all other axes)
-        sizes[dim] = shape[dim]
-        return F.normalize(tensor.expand(sizes), **keywords)
-
-    return (direction(left) * direction(right)).sum(dim)
-
-
-def _is_written_out(op: Operation, born: Iterable[int]) -> bool:
-    """Whether several operands that are made of one tensor make an activation of it, as ``x * sigmoid(x)`` is one."""
-    marks = Born.ACTIVATION | (Born.DIVISOR if op.known.canonical == "mul" else 0)
-    return op.known.has("quotient", "choosing", "selection") or any(one & marks for one in born)
-
-
-def _is_mask(index: object) -> bool:
-    return isinstance(index, Tensor) and index.dtype == torch.bool
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def innermost_module(names: Mapping[int, str]) -> str:

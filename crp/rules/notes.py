@@ -181,6 +181,10 @@ class Notes:
                 note = self._notes[id(item)] = self.of(item) or Note(item, 0)
                 note.flags, self.has_choices = note.flags | Born.CHOSEN, True
 
+    def is_chosen(self, tensor: Tensor) -> bool:
+        """Whether some entries of a tensor were chosen, or it says which."""
+        return bool(self.flags(tensor) & (Born.ROUTED | Born.CHOSEN))
+
     def __bool__(self) -> bool:
         return bool(self._notes)
 

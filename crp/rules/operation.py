@@ -199,6 +199,12 @@ def _result(function: Callable[..., Any], number: int, *args: Any, **kwargs: Any
     return function(*args, **kwargs)[number]
 
 
+def _fills(target: object, index: object, value: object) -> bool:
+    """Whether a number is put where a mask says, as by `masked_fill`."""
+    is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+    return is_number and isinstance(index, Tensor) and index.dtype == torch.bool
+
+
 def _is_one_number(tensor: Tensor) -> bool:
     """Whether all entries of a constant tensor are the same number, and no parameter."""
     is_plain = tensor.numel() > 0 and not tensor.is_complex() and not _is_parameter(tensor)

@@ -21,6 +21,8 @@ from crp.trace.recorder import tensors_in
 
 #: Functions by which a router chooses experts.
 _CHOOSING = frozenset(("gather", "kthvalue", "take_along_dim", "topk"))
+#: Functions that give an index.
+_RANKING = frozenset("argmax argmin argsort kthvalue max min multinomial sort topk".split())  # noqa: SIM905
 #: Functions by which a mask chooses them.
 _MASKING = frozenset(("add", "masked_fill", "mul", "sub", "where"))
 #: What an index chooses from.
