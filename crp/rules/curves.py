@@ -75,8 +75,8 @@ def _values(function: Callable[..., Tensor], args: Sequence[Any], kwargs: Sequen
     args, named = changed((args, dict(kwargs)), lambda curve: torch.clone(curve.values), _Curve)
     if look_up(function).canonical in _STACKING:
         return torch.stack([one.expand(_POINTS.shape) for one in tensors_in((args, named))], 1)
-    if in_place(function, {}):  # (what it writes into may be a number)
-        args = args[0] + 0 * _POINTS, *args[1:]
+    if in_place(function, {}) and args[0].dim() == 0:  # (it may write into a number)
+        args = args[0].repeat(len(_POINTS)), *args[1:]
     with torch.no_grad():
         return function(*args, **named)
 

@@ -74,8 +74,8 @@ class _Entrywise:
         What it is a function of, the latest last.
     passing : frozenset of Note
         Those of them to which its relevance goes as it is.
-    is_shifted : bool
-        Whether a number was added, or put in its place.
+    is_shifted, is_summed : bool
+        Whether a number was added, or put in its place; whether anything was.
     axis : int or None
         Axis along which functions stand side by side, counted from the last.
     is_softmax : bool
@@ -89,6 +89,7 @@ class _Entrywise:
     sources: dict[Note, _Source]
     passing: frozenset[Note]
     is_shifted: bool
+    is_summed: bool
     axis: int | None = None
     is_softmax: bool = False
     activation: Note | None = None
@@ -111,7 +112,8 @@ class _Entrywise:
                 if (gives := source.curve.gives(kind)) < 0:
                     continue
                 self.gives = gives if self.gives is None else self.gives
-                if not (sends and self.is_shifted) or key in self.passing:
+                is_sent = self.is_shifted or (self.is_summed and not source.is_copied)
+                if not (sends and is_sent) or key in self.passing:
                     return
                 if key.now() is not None:  # (or else it may be one of what is below, too)
                     self.activation, self.passing = key, frozenset((key,))
@@ -152,12 +154,16 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
             return None
     call = op.function, *changed((tuple(op.args), op.kwargs), lambda one: numbers.get(id(one), noted.get(id(one))))
     sources = _common(call, read)
-    is_shift = name in _SUMS or (known.has("constant") and _puts_a_number(op, numbers))
+    is_sum, n_inputs = name in _SUMS, sum(tensor.requires_grad for tensor in tensors)
+    # (a number behind a gate is part of it, and so is what hands on as it is in a sum, unless it is 0)
+    is_shift = n_inputs == 1 and not known.has("identity") if is_sum else _puts_a_number(op, numbers)
     # (what a number is added to may be 0, and then hand nothing on)
-    passing = {noted[id(x)]}.union(*(one.passing for one in made.values())) if len(read) == 1 and not is_shift else ()
+    is_passing = len(read) == 1 and not (is_shift or is_sum)
+    passing = {noted[id(x)]}.union(*(one.passing for one in made.values())) if is_passing else ()
     is_shifted = is_shift or any(one.is_shifted for one in made.values())
+    is_summed = is_sum or any(one.is_summed for one in made.values())
     is_softmax = any(one.is_softmax for one in made.values())
-    result = _Entrywise(sources, frozenset(passing), is_shifted, new_axis, is_softmax)
+    result = _Entrywise(sources, frozenset(passing), is_shifted, is_summed, new_axis, is_softmax)
     is_alone = begins and name in _HELD | _SUMS and len(read) == len(sources) == 1
     if new_axis is None and name not in _CONDITIONS and not is_alone:
         result.find_activation()
@@ -219,7 +225,7 @@ def _along(op: Operation, made: _Entrywise, axis: int) -> _Entrywise | None:
         take = partial(getattr(torch, {"max": "amax", "min": "amin"}.get(name, name)), dim=1)
         dims -= not op.kwargs.get("keepdim", op.args[2] if len(op.args) > 2 else False)
     is_softmax, stays = made.is_softmax or "softmax" in name or name == "logsumexp", "softmax" in name
-    result = _Entrywise({}, frozenset(), made.is_shifted or is_softmax, axis if stays else None, is_softmax)
+    result = _Entrywise({}, frozenset(), made.is_shifted or is_softmax, True, axis if stays else None, is_softmax)
     for key, source in made.sources.items():
         source, tensor = source._replace(curve=_Curve(take(source.curve.values), source.curve.is_settled)), key.now()
         if tensor is not None and result.axis is None and tensor.dim() != dims:
@@ -239,13 +245,14 @@ def _is_of_several(note: Note | None) -> bool:
 def _known(op: Operation, notes: Notes, parts: object, passed: int) -> int:
     """What is known of an operation's result that may be one function of a tensor, entry by entry."""
     is_joined = len(op.inputs) > 1 and _is_written_out(op, map(notes.born, op.inputs))
-    is_bounded = op.known.canonical in _OF_EXPONENTIALS and bool((op.known.gives | op.flags) & Born.GATING)
+    is_quotient = bool(op.flags & Born.GATING and passed & Born.SQUASHED and not op.flags & Born.SQUASHED)
+    is_bounded = op.known.canonical in _OF_EXPONENTIALS and (is_quotient or bool(op.known.gives & Born.EXPONENTIAL))
     made = parts if isinstance(parts, _Entrywise) else None
     if made is None and (is_joined or is_bounded):
         made = _entrywise(op, notes, begins=False)
     if made is None:
         return passed | (Born.ACTIVATION if is_joined else 0)
-    if is_bounded and not op.flags & Born.SQUASHED and (born := made.of_numbers()) is not None:
+    if is_bounded and (born := made.of_numbers()) is not None:
         passed = passed & ~(_OF_NUMBERS if born else Born.SQUASHED) | born
     if made.is_softmax and made.axis is None:
         passed &= ~(Born.SOFTMAX | Born.LOGARITHM)
@@ -276,6 +283,8 @@ def _broadcasts(tensor: Tensor, x: Tensor, is_choosing: bool) -> bool:
 
 def _puts_a_number(op: Operation, numbers: Mapping[int, Tensor]) -> bool:
     """Whether a function that chooses may put a number in the place of an entry: not 0, and finite."""
+    if not op.known.has("constant"):
+        return False
     given = () if op.known.canonical in _STACKING else (*op.args, *op.kwargs.values())
     values: list[Any] = [value for value in given if isinstance(value, int | float)]
     constants = (tensor for tensor in tensors_in((op.args, op.kwargs)) if not op.depends(tensor))
@@ -295,7 +304,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 def _moved(op: Operation, made: _Entrywise) -> _Entrywise:
     """The same where a function has moved or copied entries."""
-    result = _Entrywise({}, frozenset(), made.is_shifted, made.axis, made.is_softmax)
+    result = _Entrywise({}, frozenset(), made.is_shifted, made.is_summed, made.axis, made.is_softmax)
     for key, source in made.sources.items():
         tensor, new = key.now(), key
         if op.known.canonical == "clone":
