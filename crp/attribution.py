@@ -36,7 +36,7 @@ from crp.engine.targets import initial_relevance
 from crp.errors import InputTypeError
 from crp.flags import check_flags, check_function
 from crp.layers import differentiable
-from crp.layers.devices import _device_of
+from crp.layers.devices import device_of
 from crp.notices import kind_of, warn
 from crp.types import AbsorbedRelevance, AttributionGraphResults, AttributionResults, Condition
 
@@ -114,7 +114,7 @@ class CondAttribution:
         check_function("output", output, "what the model returns")
         self.MODEL_OUTPUT_NAME = "y"
         self.model = differentiable(model)
-        self.device = check_device(device, "device") or _device_of(self.model)
+        self.device = check_device(device, "device") or device_of(self.model)
         self.overwrite_data_grad, self.no_param_grad, self.output = overwrite_data_grad, no_param_grad, output
         self.replay = self.channels_last = True
         self._replayed = Replayed()

@@ -24,10 +24,11 @@ from crp.engine.conditions import MaskMap
 from crp.engine.encoding import Encoding
 from crp.engine.forward import check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
-from crp.engine.taps import _check_changed_once, changed_at
-from crp.engine.targets import _warn_of_positions
+from crp.engine.taps import changed_at, check_changed_once
+from crp.engine.targets import warn_of_positions
 from crp.errors import InputError, InputTypeError
 from crp.layers import differentiable, unwrap
+from crp.layers.batch_of_one import _lay_out_alike
 from crp.layers.interrupts import atomic
 from crp.types import AttributionResults
 
@@ -173,10 +174,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             if recorded.multipliers is not None:
                 return returned.output, (recorded.multipliers[layer],)
             found, values = (recorded.relevances[layer],), (recorded.activations[layer],)
-        encoding = Encoding.of(self._composite())
-        if not encoding.multiplier or encoding.as_multiplier:
-            return returned.output, found
-        return returned.output, tuple(torch.where(x == 0, 0, r / x.to(r)) for r, x in zip(found, values, strict=True))
+        write = Encoding.of(self._composite()).write
+        return returned.output, tuple(write(r, x.to(r)) for r, x in zip(found, values, strict=True))
 
     def layer_output(self, inputs: Inputs, layer: str) -> Tensor:
         """What a layer gives under the composite, of shape (samples, *layer shape)."""
@@ -196,7 +195,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
 
         with changed_at(unwrap(self.model), layer, change) as calls:
             found = self.multipliers(inputs, target, layer)[1]
-        _check_changed_once(layer, calls)
+        check_changed_once(layer, calls)
         return found
 
     @atomic
@@ -224,6 +223,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
                 output = outputs(inputs.having(leaves))
             if not output.requires_grad:
                 raise InputError("the model's output does not depend on the data in a differentiable way")
+            _lay_out_alike([output])
             start = rows.weights(output.detach())
             return torch.autograd.grad(output, leaves, start, allow_unused=True, materialize_grads=True)
 
@@ -267,7 +267,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
         check_alone(self.model, self.composite, type(self).__name__)
         output, relevance = self.attribute(inputs, target)
         if inputs.embedded and isinstance(scored := getattr(target, "target", target), Classes):
-            _warn_of_positions(scored.ids.tolist(), output, inputs)
+            warn_of_positions(scored.ids.tolist(), output, inputs)
         return output, relevance
 
 

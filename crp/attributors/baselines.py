@@ -20,7 +20,7 @@ OneBaseline: TypeAlias = float | Tensor | np.ndarray | Callable[[Tensor], Tensor
 Baseline: TypeAlias = OneBaseline | Sequence[OneBaseline] | Mapping[str, OneBaseline]
 
 
-def _baselines(given: Baseline, inputs: Inputs, model: nn.Module) -> Tensors:
+def single_baselines(given: Baseline, inputs: Inputs, model: nn.Module) -> Tensors:
     """The only baseline of each input that is explained, in its shape; as `_all_baselines`.
 
     Raises
@@ -74,7 +74,7 @@ def _all_baselines(given: Baseline, inputs: Inputs, model: nn.Module) -> Tensors
         each = list(given)
     found = [
         _of_ids(one, data, model, inputs.embedded[name].layer, name)
-        if name in inputs.embedded and _are_ids(one)
+        if name in inputs.embedded and are_ids(one)
         else _of_values(one, data)
         for one, data, name in zip(each, inputs.explained, names, strict=True)
     ]
@@ -84,7 +84,8 @@ def _all_baselines(given: Baseline, inputs: Inputs, model: nn.Module) -> Tensors
     return tuple(of_input.expand(max(numbers), *of_input.shape[1:]) for of_input in found)
 
 
-def _are_ids(given: Any) -> TypeGuard[Tensor | np.ndarray | int]:
+def are_ids(given: Any) -> TypeGuard[Tensor | np.ndarray | int]:
+    """Whether baselines are whole numbers, which for token ids are ids."""
     if isinstance(given, Tensor):
         return not given.is_floating_point() and not given.is_complex() and given.dtype != torch.bool
     return isinstance(given, np.ndarray | int | np.integer) and np.asarray(given).dtype.kind in "iu"

@@ -135,9 +135,7 @@ class LayerCAM(Attributor):
                     f"layer {self.layer!r} has the output shape {tuple(activation.shape)}, which has no positions; "
                     "name a layer of shape (samples, channels, *space), such as the last convolution"
                 )
-            encoding = Encoding.of(self._composite())
-            if encoding.multiplier and not encoding.as_multiplier:
-                gradient = torch.where(activation == 0, 0, gradient / activation)
+            gradient = Encoding.of(self._composite()).write(gradient, activation)
             # (a condition on the layer itself masks what comes after it was recorded)
             if self.layer in self.condition:
                 own = {row: {self.layer: self.condition[self.layer]} for row in range(len(gradient))}

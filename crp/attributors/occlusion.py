@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attributors.base import ROWS_FORWARD, Attributor
-from crp.attributors.baselines import Baseline, _baselines
+from crp.attributors.baselines import Baseline, single_baselines
 from crp.attributors.target import Target
 from crp.checks import check_number
 from crp.engine.inputs import Inputs, Tensors
@@ -75,7 +75,7 @@ class Occlusion(Attributor):
 
     def attribute(self, inputs: Inputs, target: Target) -> tuple[Tensor, Tensors]:
         """Output and differences of scores."""
-        covers = _baselines(self.baseline, inputs, self.model)
+        covers = single_baselines(self.baseline, inputs, self.model)
         explained = inputs.explained
         shapes, steps = _for_each(self.window_shape, explained), _for_each(self.step, explained)
         places = [windows(data.shape[1:], *given) for data, *given in zip(explained, shapes, steps, strict=True)]
@@ -126,8 +126,9 @@ def windows(shape: Sequence[int], window: _Lengths | None = None, step: _Lengths
     >>> windows((2, 5), (2,), 3)
     (tensor([0, 3]), tensor([0, 1, 5, 6]))
     """
-    lengths = _lengths("window_shape", 1 if window is None else window, shape, every=window is None)
-    steps = _lengths("step", step, shape, every=window is None)
+    n_axes = len(shape) if window is None else max(1, len(shape) - 1)  # (that a single number is for)
+    lengths = _lengths("window_shape", 1 if window is None else window, shape, n_axes)
+    steps = _lengths("step", step, shape, n_axes)
     # Axes before those of the window are covered whole.
     lengths = (*shape[: len(shape) - len(lengths)], *lengths)
     steps = (*[1] * (len(shape) - len(steps)), *steps)
@@ -149,9 +150,10 @@ def _cover_count(sample: Tensor, starts: Tensor, offsets: Tensor) -> Tensor:
     return count
 
 
-def _lengths(name: str, given: Any, shape: Sequence[int], every: bool) -> tuple[int, ...]:
+def _lengths(name: str, given: Any, shape: Sequence[int], n_axes: int) -> tuple[int, ...]:
+    """Lengths along the last axes of an input, one for each; a single number is for ``n_axes`` of them."""
     if not isinstance(given, tuple):
-        given = (given,) * (len(shape) if every else max(1, len(shape) - 1))
+        given = (given,) * n_axes
     if not 0 < len(given) <= len(shape):
         raise InputError(f"{name} {given!r} has {len(given)} axes; the input has {len(shape)}, {tuple(shape)}")
     return tuple(check_number(name, n, 1, whole=True) for n in given)

@@ -19,7 +19,7 @@ from crp.engine.taps import check_layers, outputs_meant, tapped
 from crp.engine.targets import _ONE_SCORE
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
-from crp.layers.devices import _device_of
+from crp.layers.devices import device_of
 from crp.layers.interrupts import atomic
 
 ScoreName = Literal["softmax", "log_softmax", "output"]
@@ -120,7 +120,7 @@ def explaining(
     """
     model = unwrap(model)
     check_composite(composite)
-    device, roles = _device_of(model), {} if layer is None else {layer: "layer"}
+    device, roles = device_of(model), {} if layer is None else {layer: "layer"}
     check_layers(model, [*roles], "layer")
     with put_on(composite, model) as modified:
 

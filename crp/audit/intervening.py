@@ -20,7 +20,7 @@ from crp.engine.attached import put_on
 from crp.engine.door import check_attribution
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
-from crp.engine.taps import _check_changed_once, changed_at
+from crp.engine.taps import changed_at, check_changed_once
 from crp.errors import InputError, OutOfRangeError
 from crp.visualization.without import kept_part
 
@@ -112,7 +112,7 @@ def intervene(
     def with_layer(changing: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
         with changed_at(attribution.model, layer, changing) as calls:
             output = output_of(samples, attribution.model)
-        _check_changed_once(layer, calls)
+        check_changed_once(layer, calls)
         return output
 
     check_independent(

@@ -134,7 +134,7 @@ def attribute(
         asking = Asking(*names, rescaled)
         _check_writable(out.parent, out)
         loaded = _load(model, output, **loading)
-        given = _own(settings, () if layer is None else ("layer", "condition", "mask_map"), False)
+        given = _method_options(settings, () if layer is None else ("layer", "condition", "mask_map"), False)
         for line in explain_texts(texts, loaded, method, asking, given, out, as_json):
             click.echo(line)
         return
@@ -144,7 +144,7 @@ def attribute(
     through: dict[str, Any] = {"condition": {layer: list(concept)}} if concept and not page else {}
     if layer is not None and (chosen.family == "cam" or not (concept or page)):
         through["layer"] = layer
-    given = _own(settings, through, page and chosen.family != "cam") | through
+    given = _method_options(settings, through, page and chosen.family != "cam") | through
     loaded = _load_named(model, output, layer, graph, loading)
     given |= {} if loaded.output is None else {"output": loaded.output}
     index = None if target is None else find_class(target, loaded.classes, "--target")
@@ -197,7 +197,7 @@ def _check_options(images: Sequence[Path], texts: Sequence[str], page: bool, out
         raise CommandError("--graph is for --page, which draws it")
 
 
-def _own(settings: Sequence[str], meant: Collection[str], of_page: bool) -> dict[str, Any]:
+def _method_options(settings: Sequence[str], meant: Collection[str], page: bool) -> dict[str, Any]:
     """Options of the method by --option, in which a list is a tuple; what --layer and --concept mean is said once."""
     found = _read_settings(settings, "--option", "NAME=VALUE, such as steps=50")
     for name in found:
@@ -205,7 +205,7 @@ def _own(settings: Sequence[str], meant: Collection[str], of_page: bool) -> dict
             raise CommandError(f"--option {name} is no option of a method; {_SAID[name]}")
         if name in meant:
             raise CommandError(f"--option {name} and --layer, or --concept, say both what is explained; give one")
-        if of_page and name in ("layer", "condition", "mask_map"):
+        if page and name in ("layer", "condition", "mask_map"):
             raise CommandError(f"--option {name}: a page shows the concepts of --layer; give that, and --concept")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
@@ -289,17 +289,17 @@ def _prediction(
     values, what, words = _values_of(scores, loaded.exclusive)
     first = int(values.argmax())
 
-    def told(i: int) -> str:
+    def in_words(i: int) -> str:
         return f"{loaded.class_name(i)} ({words(float(values[i]))})"
 
-    of = "" if index == first else f"; explained: {told(index)}"
+    of = "" if index == first else f"; explained: {in_words(index)}"
     classes = {
         name: {"class": i, "name": loaded.class_name(i), what: float(values[i])}
         for name, i in (("predicted", first), ("explained", index))
     }
     best = [*values.argsort(descending=True, stable=True)[:_CLASSES].tolist(), index] if what == "probability" else []
     chances = [(loaded.class_name(i), float(values[i])) for i in dict.fromkeys(best)]
-    return f"predicted {told(first)}", of, classes, chances
+    return f"predicted {in_words(first)}", of, classes, chances
 
 
 def _completed(method: str, given: dict[str, Any], loaded: Loaded, data: Tensor) -> tuple[dict[str, Any], str]:

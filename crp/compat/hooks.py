@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from zennit.core import RemovableHandleList
 
@@ -31,9 +32,9 @@ class MaskHook:
         if first.requires_grad:
             first.register_hook(lambda grad: self.backward(module, grad))
 
-    def backward(self, module: nn.Module, grad: Tensor) -> Tensor:
-        """Mask a copy of the gradient."""
-        return apply_masks(self.fn_list, grad)
+    def backward(self, module: nn.Module, grad: Tensor | None) -> Tensor | None:
+        """Mask a copy of the gradient; none comes to what a rule holds constant."""
+        return None if grad is None else apply_masks(self.fn_list, grad)
 
     def copy(self) -> MaskHook:
         """Return a hook that shares the list of functions."""
@@ -74,7 +75,9 @@ class FeatVisHook:
         self._analyze(self.FV.analyze_activation, output)
         if output.requires_grad:
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda grad: self._analyze(self.FV.analyze_relevance, grad)
+                lambda grad: self._analyze(
+                    self.FV.analyze_relevance, torch.zeros_like(output) if grad is None else grad
+                )
             )
 
     def _analyze(self, analyze: Callable[..., object], tensor: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 from zennit.core import Hook
 
-from crp.engine.attached import LEFT_BEHIND, USES, placed, undo_use
+from crp.engine.attached import LEFT_BEHIND, USES, _undo_use, placed
 from crp.engine.module_hooks import _hooks_of, _owner_of
 from crp.engine.turns import TURNS, parts_of
 from crp.layers import modules_of, unwrap
@@ -81,7 +81,7 @@ def clear(model: nn.Module) -> list[_Addition]:
         parts = set(map(id, parts_of(model)))
         for use in reversed([*USES, *LEFT_BEHIND]):
             if not use.parts.isdisjoint(parts):
-                undo_use(use)
+                _undo_use(use)
         for one in placed():
             if any(one.module is part for part in modules.values()):
                 one.composite.remove()

@@ -142,7 +142,7 @@ def composite_on(
                 "context, and give the composite to the call"
             )
         chosen = other
-    if propagation_of(chosen).encoding == "multiplier" and (rules := rules_by_hand(model, chosen, modules)):
+    if propagation_of(chosen).encoding == "multiplier" and (rules := _rules_by_hand(model, chosen, modules)):
         raise StateError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(chosen)))
     return chosen
 
@@ -151,7 +151,7 @@ def check_alone(model: nn.Module, composite: Composite | None, method: str) -> N
     """Raise a `RuntimeError` if a composite is on the model that is not the one of the method."""
     model = unwrap(model)
     if composite is None:
-        for other in (composite_on(model), *rules_by_hand(model)):
+        for other in (composite_on(model), *_rules_by_hand(model)):
             if other is not None:
                 raise StateError(
                     f"{_kind(other)} is on the model, and {method} would use what it makes of the gradient; leave its "
@@ -166,7 +166,7 @@ def check_free(composite: Composite, model: nn.Module) -> None:
     for other in placed():
         if other.composite is not composite and (other.module is model or _are_nested(other.module, model)):
             raise StateError(_TWO.format(f"{_kind(other.composite)} is on the model", _kind(composite)))
-    if rules := rules_by_hand(model, composite):
+    if rules := _rules_by_hand(model, composite):
         raise StateError(_TWO.format(f"the rule {_kind(rules[0])} is on a layer of the model", _kind(composite)))
 
 
@@ -188,7 +188,7 @@ def _rules_on(module: nn.Module) -> list[Hook]:
     return list({id(owner): owner for owner in owners if isinstance(owner, Hook)}.values())
 
 
-def rules_by_hand(
+def _rules_by_hand(
     model: nn.Module, composite: Composite | None = None, modules: dict[str, nn.Module] | None = None
 ) -> list[Hook]:
     """Rules on a model's layers, put there by a user's own hand, that are not this composite's."""
@@ -240,9 +240,7 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
         In inference mode, if another composite is on the model, or if a call with a composite is under way on it.
     """
     if torch.is_inference_mode_enabled():
-        raise StateError(
-            "attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad() instead"
-        )
+        raise StateError("attribution needs gradients, which torch.inference_mode() forbids; use torch.no_grad()")
     modules = modules_of(model)
     composite = composite_on(model, composite, modules)
     asked = propagation_of(composite)
@@ -368,7 +366,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def undo_use(use: _Use) -> None:
+def _undo_use(use: _Use) -> None:
     """Take off what a call has put on, if it has not done so itself."""
     with suppress(ValueError, RuntimeError):  # (what was half put on, or was taken off since)
         use.undo.close()
@@ -379,7 +377,7 @@ def undo_use(use: _Use) -> None:
 
 def _clear_left_behind() -> None:
     for use in reversed(LEFT_BEHIND):
-        undo_use(use)
+        _undo_use(use)
 
 
 def _after_fork() -> None:

@@ -162,7 +162,7 @@ def _between(root: Tensor, goals: Sequence[Tensor], records: Mapping[str, Tensor
     return {name: tensor for name, tensor in records.items() if leads.get(tensor.grad_fn, False)}
 
 
-def send_rows_back(
+def _send_rows_back(
     passed: ForwardPass,
     rows: Rows,
     start: Starts,
@@ -180,7 +180,7 @@ def send_rows_back(
     Returns
     -------
     dict of str to Tensor of shape (rows * entries, ...)
-        What arrives at each input that is explained, by `input_name`, and at each layer; 0 where nothing does.
+        What arrives at each input that is explained, by `_input_name`, and at each layer; 0 where nothing does.
     """
     groups = rows.groups(settings.output_name) if settings.exclude_parallel else [list(range(len(rows)))]
     arrived = []
@@ -324,14 +324,14 @@ def _names_by_output(passed: ForwardPass) -> dict[int, list[str]]:
 
 def _keeping_first(
     names: Sequence[str], masks: list[MaskFn], arrived: dict[str, Tensor | None]
-) -> Callable[[Tensor], Tensor | None]:
+) -> Callable[[Tensor | None], Tensor | None]:
     """Tensor hook that keeps the gradient and masks it, once.
 
     A tensor that is first an input and then a root of a backward pass sees its gradient twice.
     """
 
-    def hook(gradient: Tensor) -> Tensor | None:
-        if names[0] in arrived:
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or names[0] in arrived:  # (none comes to what is held constant)
             return None
         arrived.update(dict.fromkeys(names, gradient))
         return apply_masks(masks, gradient) if masks else None
@@ -341,10 +341,10 @@ def _keeping_first(
 
 def _leaves(passed: ForwardPass) -> dict[str, Tensor]:
     """Inputs that are explained, by names that no layer has."""
-    return {input_name(number): leaf for number, leaf in enumerate(passed.inputs.explained)}
+    return {_input_name(number): leaf for number, leaf in enumerate(passed.inputs.explained)}
 
 
-def input_name(number: int) -> str:
+def _input_name(number: int) -> str:
     """Name of an input among those of layers; no layer has such a name."""
     return f".{number}"
 

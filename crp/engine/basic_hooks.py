@@ -22,7 +22,7 @@ from crp.layers.interrupts import atomic
 
 
 @atomic
-def batched_hooks(model: nn.Module) -> Iterator[None]:
+def _batched_hooks(model: nn.Module) -> Iterator[None]:
     """Context in which basic hooks on a model send rows back together; hooks with passes of their own do not.
 
     For more rows than samples: else, there is as much to compute, in more memory.

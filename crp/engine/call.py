@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
-from crp.engine.attached import composite_on, is_on, put_on, rules_by_hand
-from crp.engine.backward import MakeMasks, input_name, send_back, send_rows_back
-from crp.engine.basic_hooks import batched_hooks
+from crp.engine.attached import _rules_by_hand, composite_on, is_on, put_on
+from crp.engine.backward import MakeMasks, _input_name, _send_rows_back, send_back
+from crp.engine.basic_hooks import _batched_hooks
 from crp.engine.conditions import Rows, check_conditions
 from crp.engine.door import check_device, check_result
 from crp.engine.encoding import Encoding, propagation_of
@@ -24,18 +24,18 @@ from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.masks import Given, _check_channels, mask_factory, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
 from crp.engine.model_state import changed_weights, weights_of
-from crp.engine.results import Part, average, in_order, results_of
+from crp.engine.results import Part, _results_of, average, in_order
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
 from crp.engine.taps import check_layers
 from crp.engine.targets import (
     _check_initial,
-    _warn_of_positions,
     all_positions,
     check_start,
     check_targets_exist,
     init_of_rows,
     initial_relevance,
+    warn_of_positions,
 )
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
@@ -199,7 +199,7 @@ class Call:
                 _, start, arrived = self._send_back(passed, rows, last=of_all is None)
                 initial = _sum_of_rows(passed.encoding.read(start.rows(), passed.value(self.settings.start, rows)))
                 initials.append(initial)
-                relevances = [arrived[input_name(number)] for number in range(len(passed.inputs.explained))]
+                relevances = [arrived[_input_name(number)] for number in range(len(passed.inputs.explained))]
                 inputs.append(torch.stack([_sum_of_rows(r).to(initial) for r in relevances]).sum(0))
                 layers: dict[str, Tensor] = {}
                 for name in passed.layers:
@@ -217,9 +217,8 @@ class Call:
     def _members(self) -> list[Composite | None]:
         """Composites whose results are averaged: several, where a method has several references."""
         members = propagation_of(self.composite).members_for(self.inputs.select([0]).explained[0])
-        if self.composite is None or not members or is_on(self.composite, self.model):
-            return [self.composite]
-        return [*members]
+        alone = self.composite is None or not members or is_on(self.composite, self.model)
+        return [self.composite] if alone else [*members]
 
     def _chunks(self) -> list[Rows]:
         return self.rows.chunks(self.batch_size or len(self.rows))
@@ -246,7 +245,7 @@ class Call:
                 part = [call._results(passed, rows, last)]
             else:
                 shared = len(rows) > len(self._samples(rows))
-                with put_on(composite, self.model, tell) as model, batched_hooks(model) if shared else nullcontext():
+                with put_on(composite, self.model, tell) as model, _batched_hooks(model) if shared else nullcontext():
                     passed = call._forward(model, rows, composite)
                     part = [] if passed.is_folded else [call._results(passed, rows, last)]
             if passed is not None and not part:
@@ -305,9 +304,7 @@ class Call:
 
     def _multiplies(self) -> bool:
         """Whether a gradient flows, or multipliers, and not relevance itself."""
-        if self.composite is None:
-            return not rules_by_hand(self.model)
-        return Encoding.of(self.composite).multiplier
+        return not _rules_by_hand(self.model) if self.composite is None else Encoding.of(self.composite).multiplier
 
     def _samples(self, rows: Rows) -> tuple[int, ...]:
         """Sample of each column of a forward pass for these rows, which share columns if they may."""
@@ -345,7 +342,7 @@ class Call:
         make_masks: MakeMasks = partial(row_masks, mask_map=self.settings.mask_map, multiplies=self._multiplies())
         if self.given is not None:
             make_masks = self.given.make_masks
-        return prediction, start, send_rows_back(passed, rows, start, self.settings, make_masks, backward, last)
+        return prediction, start, _send_rows_back(passed, rows, start, self.settings, make_masks, backward, last)
 
     def _explains_positions(self, rows: Rows) -> bool:
         """Whether each row explains tokens at a position, so that most of the output is of others."""
@@ -365,7 +362,7 @@ class Call:
         targets = rows.targets(settings.output_name) if settings.start is None else None
         check_targets_exist(targets, prediction, settings.output_name, rows.places)
         if passed.inputs.embedded:
-            _warn_of_positions(targets, prediction, passed.inputs)
+            warn_of_positions(targets, prediction, passed.inputs)
         lengths = (len(self.rows), self.batch_size or len(self.rows))
         initial = init_of_rows(settings.init_rel, rows.places, prediction, lengths)
         if initial is None and encoding.starts_from_one and overridden is None:
@@ -376,13 +373,15 @@ class Call:
         value = passed.value(settings.start, rows)
         start = (overridden or initial_relevance)(value.clone(), targets, initial)
         check_start(start, prediction)
-        return encoding.start(start.detach().to(prediction), value)
+        return encoding.write(start.detach().to(prediction), value)
 
     def _results(self, passed: ForwardPass, rows: Rows, last: bool) -> Part:
         """Results of some rows, and the relevance of each input that is explained, (rows, *input shape)."""
         prediction, _, arrived = self._send_back(passed, rows, last)
         heatmap_of, is_shared = self.overrides.heatmap_modifier, self._explains_positions(rows)
-        return results_of(passed, rows, prediction, arrived, self.settings, heatmap_of, is_shared=is_shared, last=last)
+        main = str(getattr(self.model, "main_input_name", 0))  # (models of Hugging Face have it)
+        given = passed, rows, prediction, arrived, self.settings, heatmap_of
+        return _results_of(*given, main_input=main, is_shared=is_shared, last=last)
 
 
 def _sum_of_rows(values: Tensor) -> Tensor:

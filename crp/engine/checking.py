@@ -229,7 +229,7 @@ def _weights_matter(
     for module in modules_of(changed.model).values():
         for parameter in module._parameters.values():
             if parameter is not None and parameter.numel() > 1 and parameter.is_floating_point():
-                _shuffle(parameter, generator)
+                shuffle(parameter, generator)
     other = _heatmap_of(changed(inputs.data, conditions, composite), inputs)
     scale = float(heatmap.abs().max()) or 1.0
     value = float((other - heatmap).abs().max()) / scale if is_finite(other) else float("inf")
@@ -237,7 +237,7 @@ def _weights_matter(
 
 
 @torch.no_grad()
-def _shuffle(parameter: Tensor, generator: torch.Generator) -> None:
+def shuffle(parameter: Tensor, generator: torch.Generator) -> None:
     """Shuffle the entries of a parameter in place."""
     order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
     parameter.copy_(parameter.flatten()[order].view_as(parameter))

@@ -16,7 +16,7 @@ from zennit.core import Composite
 
 from crp.errors import InputError, InputTypeError
 from crp.layers.devices import _MOVING
-from crp.layers.packed import _is_packed
+from crp.layers.packed import is_packed
 from crp.notices import kind_of, warn
 from crp.wording import first_few
 
@@ -38,7 +38,7 @@ def _as_kind(value: object) -> str:
     return kind
 
 
-def check_form(tensor: Tensor, name: str) -> None:
+def _check_form(tensor: Tensor, name: str) -> None:
     """Raise an `InputTypeError` for tensors that are no plain numbers in memory: sparse, nested, quantized or meta."""
     if tensor.is_nested:
         raise InputTypeError(f"{name} is a nested tensor; give samples of one shape in a plain tensor, or one by one")
@@ -127,7 +127,7 @@ def _is_as_marked(mark: _Mark, tensor: Tensor) -> bool:
 
 
 def _has_numbers(tensor: Tensor) -> bool:
-    if is_lazy(tensor) or _is_packed(tensor):  # (of packed ones, not all functions are there)
+    if is_lazy(tensor) or is_packed(tensor):  # (of packed ones, not all functions are there)
         return False
     return not tensor.is_meta and tensor.is_floating_point() and tensor.layout is torch.strided
 

@@ -1,4 +1,4 @@
-"""What a composite says of itself, what flows backward under it, and how relevance is read from that."""
+"""What a composite says of itself to the engine, and how relevance is therefore written and read."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ _ASKED = [name for name in vars(Propagation) if not name.startswith("_")]
 
 @dataclass(frozen=True)
 class Encoding:
-    """What flows backward under a composite.
+    """How relevance is written in what flows backward, and read from it, by what a composite says of itself.
 
     Attributes
     ----------
     multiplier : bool
         Whether relevance divided by activation flows, and not relevance itself.
     as_multiplier : bool
-        Whether results hold what flows, as for gradients, and not its product with the activation.
+        Whether results hold what flows, as for gradients.
     from_one : bool
         Whether the initial relevance of a target is 1 by default, and not the output's value.
     """
@@ -88,17 +88,19 @@ class Encoding:
         return "multiplier" if self.multiplier else "relevance"
 
     @property
+    def is_product(self) -> bool:
+        """Whether results hold the product of what flows with the activation."""
+        return self.multiplier and not self.as_multiplier
+
+    @property
     def starts_from_one(self) -> bool:
         """Whether what starts at a target by default is 1, whatever its value."""
         return self.multiplier and (self.as_multiplier or not self.from_one)
 
-    def start(self, initial: Tensor, value: Tensor) -> Tensor:
-        """What starts at the root for the initial relevance of an output of this ``value``."""
-        if not self.multiplier or self.as_multiplier:
-            return initial
-        # An output of exactly 0 has nothing to distribute.
-        return torch.where(value == 0, 0, initial / value)
+    def write(self, relevance: Tensor, activation: Tensor) -> Tensor:
+        """What flows where this is the relevance; an activation of exactly 0 has nothing to distribute."""
+        return torch.where(activation == 0, 0, relevance / activation) if self.is_product else relevance
 
     def read(self, arrived: Tensor, activation: Tensor) -> Tensor:
         """Relevance in what arrived at a layer of this ``activation`` (less that of the reference, if there is one)."""
-        return activation * arrived if self.multiplier and not self.as_multiplier else arrived
+        return activation * arrived if self.is_product else arrived

@@ -22,7 +22,7 @@ from crp.engine.model_state import State, is_traced
 from crp.engine.module_hooks import _changed_hooks, _OfOtherThreads
 from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
-from crp.layers.devices import _device_of
+from crp.layers.devices import device_of
 from crp.layers.interrupts import atomic
 from crp.layers.state import GENERATORS, Snapshot, random_states, undisturbed
 from crp.notices import warn
@@ -63,8 +63,8 @@ class FirstLook:
             return
         has_drawn = not all(map(np.array_equal, self._states, _states_of(model)))
         may_draw = has_drawn or State(model).leads_to(GENERATORS)
-        if may_draw and _is_another(model, inputs.select([0])):
-            _tell_another(model)
+        if may_draw and _depends_on_draws(model, inputs.select([0])):
+            _warn_of_draws(model)
         _check_padding(model, inputs.select(list(first)), select)
         _looked_at.add(model)
 
@@ -119,18 +119,18 @@ def _mixes(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any], numbe
     """
     batches = [_among_others(inputs, factor, number) for factor in (0.0, 3.0)]
     pair = [_run(model, batch, later) for batch, later in zip(batches, (False, True), strict=True)]
-    rows, tolerance = [_of(returned, 1, number) for returned in pair], _tolerance(inputs)
+    rows, tolerance = [_row(returned, 1, number) for returned in pair], _tolerance(inputs)
     is_told = any(tensor.numel() for tensor in rows[0])
     if (is_told or number == len(inputs)) and _deviation(*rows) <= tolerance:
         _independent.add(model)
         return 0.0
-    rows = [_of(select(returned), 1, number) for returned in pair]
+    rows = [_row(select(returned), 1, number) for returned in pair]
     if not any(tensor.numel() for tensor in rows[0]):
         return None
     off = _deviation(*rows)
-    if off > tolerance and _is_another(model, batches[0]):
+    if off > tolerance and _depends_on_draws(model, batches[0]):
         _independent.add(model)
-        _tell_another(model)
+        _warn_of_draws(model)
         return 0.0
     return off if off > tolerance else 0.0
 
@@ -145,8 +145,8 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
     alone, tolerance = inputs.select([0]), _tolerance(inputs)
     try:
         with _looking_at(model):
-            off = _deviation(*(_of(alone.run(model), 0, 1) for _ in range(2)))
-        is_random = off > tolerance and _is_another(model, alone)
+            off = _deviation(*(_row(alone.run(model), 0, 1) for _ in range(2)))
+        is_random = off > tolerance and _depends_on_draws(model, alone)
     except Exception:
         return
     if off > tolerance and not is_random:
@@ -157,16 +157,16 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
         )
     _keeping_nothing.add(model)
     if is_random:
-        _tell_another(model)
+        _warn_of_draws(model)
 
 
 def _states_of(model: nn.Module) -> list[Any]:
     """States of the global random generators that a model may draw from, in parts that can be compared."""
-    states = [state for state, _ in random_states([_device_of(model)])]
+    states = [state for state, _ in random_states([device_of(model)])]
     return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
 
 
-def _tell_another(model: nn.Module) -> None:
+def _warn_of_draws(model: nn.Module) -> None:
     _looked_at.add(model)
     warn(
         f"{type(model).__name__} puts out something else of the same data at another call, as by random numbers in "
@@ -186,7 +186,7 @@ def _check_padding(model: nn.Module, inputs: Inputs, select: Callable[[Any], Any
         return
     try:
         pair = [_run(model, inputs, nesting=nesting) for nesting in ((), encoders)]
-        off = _deviation(*(_of(select(returned), None, 0) for returned in pair))
+        off = _deviation(*(_row(select(returned), None, 0) for returned in pair))
     except Exception:
         return
     if off > _tolerance(inputs):
@@ -245,16 +245,16 @@ def _run(model: nn.Module, inputs: Inputs, later: bool = False, nesting: Iterabl
         return inputs.run(model)
 
 
-def _is_another(model: nn.Module, inputs: Inputs) -> bool:
+def _depends_on_draws(model: nn.Module, inputs: Inputs) -> bool:
     """Whether another call, with other random numbers, gives another output."""
     try:
         pair = [_run(model, inputs, later) for later in (False, True)]
     except Exception:
         return False
-    return _deviation(*(_of(returned, 0, len(inputs)) for returned in pair)) > _tolerance(inputs) / 100
+    return _deviation(*(_row(returned, 0, len(inputs)) for returned in pair)) > _tolerance(inputs) / 100
 
 
-def _of(returned: Any, place: int | None, n_samples: int) -> list[Tensor]:
+def _row(returned: Any, place: int | None, n_samples: int) -> list[Tensor]:
     """Tensors that a model has returned for one of its samples; empty ones where that cannot be told.
 
     Samples have a row of a tensor each, or an entry of a list, of which all (``place`` is None) is theirs.
@@ -264,9 +264,9 @@ def _of(returned: Any, place: int | None, n_samples: int) -> list[Tensor]:
             return [returned]
         return [returned[place] if returned.dim() and len(returned) == n_samples else returned.new_empty(0)]
     if isinstance(returned, list) and place is not None and len(returned) == n_samples:
-        return _of(returned[place], None, n_samples)
+        return _row(returned[place], None, n_samples)
     entries = list(returned.values()) if isinstance(returned, Mapping) else returned
-    return [t for entry in entries for t in _of(entry, place, n_samples)] if isinstance(entries, tuple | list) else []
+    return [t for entry in entries for t in _row(entry, place, n_samples)] if isinstance(entries, tuple | list) else []
 
 
 def _deviation(outputs: list[Tensor], others: list[Tensor]) -> float:

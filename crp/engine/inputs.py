@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from crp.engine.backward_hooks import _ReadingOnly
-from crp.engine.door import _as_kind, check_form, is_finite
-from crp.engine.tokens import Embedded, can_embed, embed, in_place_of_lookup, name_of_ids
+from crp.engine.door import _as_kind, _check_form, is_finite
+from crp.engine.tokens import Embedded, _can_embed, _in_place_of_lookup, _name_of_ids, embed
 from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.layers import unwrap
 from crp.layers.devices import send_to
@@ -87,14 +87,12 @@ class Inputs:
                 f"{_as_kind(data)}; samples of several shapes are a list of them, several inputs a tuple or dict"
             )
         if not data:
-            raise InputTypeError(
-                "data must be a tensor, or a tuple or dict with an input for each argument; it is empty"
-            )
+            raise InputTypeError("data must be a tensor, or a tuple or dict of an input for each argument; it is empty")
         form: Literal["tuple", "dict"] = "dict" if isinstance(data, Mapping) else "tuple"
         values: dict[Any, Any] = {**data} if isinstance(data, Mapping) else dict(enumerate(data))
         _check_values(values, form == "dict")
-        ids = None if explain is not None else name_of_ids(values)
-        if ids is not None and isinstance(model, nn.Module) and can_embed(model, values[ids]):
+        ids = None if explain is not None else _name_of_ids(values)
+        if ids is not None and isinstance(model, nn.Module) and _can_embed(model, values[ids]):
             explain = ids
         return cls(values, _explained(values, explain), form)._embedding(model)
 
@@ -103,7 +101,7 @@ class Inputs:
         if not isinstance(model, nn.Module):
             return self
         model = unwrap(model)
-        ids = [name for name in self.names if can_embed(model, self.values[name])]
+        ids = [name for name in self.names if _can_embed(model, self.values[name])]
         return replace(self, embedded={name: embed(model, self.values, name) for name in ids}) if ids else self
 
     @classmethod
@@ -197,7 +195,7 @@ class Inputs:
             if not self.embedded:
                 return model(*positional, **named)
             assert isinstance(model, nn.Module)
-            with in_place_of_lookup(model, copies.embedded) as embeddings:
+            with _in_place_of_lookup(model, copies.embedded) as embeddings:
                 return model(*positional, **named, **embeddings)
 
     def parts(self, results: Any) -> tuple[Any, ...]:
@@ -236,7 +234,7 @@ class Samples(Inputs):
                     f"a list holds samples, which are floating-point tensors; data[{i}] is {_as_kind(sample)}. Several "
                     "inputs are a tuple or dict of them"
                 )
-            check_form(sample, f"data[{i}]")
+            _check_form(sample, f"data[{i}]")
         if not data:
             raise InputError("data is an empty list; it needs a tensor for each sample")
         for i, sample in enumerate(data):
@@ -283,7 +281,7 @@ def check_data(data: Tensor, name: str = "data", finite: bool = True) -> None:
     Without ``finite``, values may be anything.
     """
     if isinstance(data, Tensor):
-        check_form(data, name)
+        _check_form(data, name)
     if not isinstance(data, Tensor) or not data.is_floating_point():
         raise InputTypeError(
             f"{name} must be a floating-point tensor, which relevance can be assigned to, not {_as_kind(data)}"
@@ -311,7 +309,7 @@ def _check_values(values: Mapping[Any, Any], by_name: bool) -> None:
             )
     for name, value in values.items():
         if isinstance(value, Tensor):
-            check_form(value, f"input {name!r}")
+            _check_form(value, f"input {name!r}")
     sizes = {name: len(value) if value.dim() else None for name, value in values.items() if isinstance(value, Tensor)}
     if len(set(sizes.values())) > 1 or None in sizes.values():
         shapes = ", ".join(f"{name!r} of shape {tuple(values[name].shape)}" for name in sizes)

@@ -39,9 +39,7 @@ def row_masks(
     ]
     for mask in masks:
         if not callable(mask):
-            raise InputTypeError(
-                f"mask_map must give a function of the gradient; for layer {layer!r} it gives {mask!r}"
-            )
+            raise InputTypeError(f"mask_map must give a function of the gradient; for {layer!r} it gives {mask!r}")
     if not multiplies and any(map(needs_multiplier, [make, *masks])):
         raise InputTypeError(
             f"the mask of layer {layer!r} needs multipliers (needs_multiplier), and the composite propagates relevance "
@@ -56,9 +54,8 @@ def needs_multiplier(mask: object) -> bool:
     Selecting entries is right for relevance and multipliers alike; projecting on a direction is not.
     """
     owners = [mask, getattr(mask, "__self__", None)]
-    if any(getattr(owner, "needs_multiplier", False) for owner in owners):
-        return True
-    return isinstance(mask, partial) and needs_multiplier(mask.func)
+    needs = any(getattr(owner, "needs_multiplier", False) for owner in owners)
+    return needs or (isinstance(mask, partial) and needs_multiplier(mask.func))
 
 
 def _check_channels(model: nn.Module, layer: str, output: Tensor) -> None:
@@ -71,7 +68,7 @@ def _check_channels(model: nn.Module, layer: str, output: Tensor) -> None:
     shapes = [p.shape for module in modules for p in module._parameters.values() if p is not None and p.dim()]
     vectors = {shape[0] for shape in shapes if len(shape) == 1}
     # (what is learned for each position is of shape (1, positions, channels))
-    sides = {side for shape in shapes if shape[0] != 1 for side in shape[:2]}
+    sides = {side for shape in shapes if shape[0] != 1 or len(shape) > 3 for side in shape[:2]}
     if output.dim() > 2 and output.shape[-1] in vectors and output.shape[1] not in sides:
         raise InputError(
             f"layer {layer!r} puts out {(1, *output.shape[1:])}, whose channels come last, and ChannelConcept masks "

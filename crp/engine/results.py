@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from crp.engine.backward import input_name
+from crp.engine.backward import _input_name
 from crp.engine.conditions import Rows, row_index
 from crp.engine.forward import ForwardPass
 from crp.engine.settings import Settings
@@ -19,7 +19,7 @@ from crp.types import AttributionResults
 Part: TypeAlias = tuple[AttributionResults, list[Tensor]]
 
 
-def results_of(
+def _results_of(
     passed: ForwardPass,
     rows: Rows,
     prediction: Tensor,
@@ -27,6 +27,7 @@ def results_of(
     settings: Settings,
     heatmap_of: Callable[..., Tensor] | None,
     *,
+    main_input: str,
     is_shared: bool,
     last: bool,
 ) -> Part:
@@ -34,9 +35,10 @@ def results_of(
 
     What is read is taken out of ``arrived``, so that nobody keeps it. Where this is the ``last`` use of the forward
     pass, results may be in its memory. ``is_shared`` leaves the prediction as it lies, as that of a text is large.
+    ``main_input`` is what the model calls its first argument, if it says so.
     """
     encoding, own = passed.encoding, partial(_own, settings)
-    relevances_of_inputs = [arrived.pop(input_name(number)) for number in range(len(passed.inputs.explained))]
+    relevances_of_inputs = [arrived.pop(_input_name(number)) for number in range(len(passed.inputs.explained))]
     keeps = encoding.multiplier and settings.multipliers
     activations = {name: own(passed.of_rows(output, rows, not last)) for name, output in passed.layers.items()}
     relevances, multipliers, counted = {}, {}, {}
@@ -50,7 +52,8 @@ def results_of(
     for place, leaf, relevance in zip(inputs.names, inputs.explained, relevances_of_inputs, strict=True):
         explained = passed.of_rows(leaf, rows)
         explained.grad = relevance
-        sum_of = partial(sum_of_channels, axis=_channel_axis(str(place), explained.shape))
+        named = main_input if place == 0 and not inputs.embedded else str(place)
+        sum_of = partial(sum_of_channels, axis=_channel_axis(named, explained.shape))
         heatmaps.append((heatmap_of or sum_of)(explained, settings.on_device))
     result = AttributionResults(
         passed.inputs.shaped(heatmaps),
@@ -75,7 +78,10 @@ def _own(settings: Settings, tensor: Tensor, is_shared: bool = False) -> Tensor:
 
 
 def _channel_axis(name: str, shape: torch.Size) -> int | None:
-    """Axis of channels, where an input has the name that models of Hugging Face give it; None where there is none."""
+    """Axis of channels, by the name that models of Hugging Face give to an input; None where there is none.
+
+    What the model computes does not tell: it reads a spectrogram's frequencies as the channels of a convolution.
+    """
     if name in ("input_values", "input_features") and 1 < len(shape) < 4 and shape[1] > 2:  # a wave or spectrogram
         return None
     of_pictures = -3 if len(shape) > 3 else -1  # (also of videos, or of patches)

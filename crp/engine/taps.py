@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn, preserve_format
 
 from crp.errors import InputError, InputTypeError
-from crp.layers import _check_returned, find_layers, modules_of, referencing, tracing
+from crp.layers import check_returned, find_layers, modules_of, referencing, tracing
 from crp.layers.addresses import Address, hooked_at
 from crp.layers.interrupts import atomic
 from crp.layers.repeated import watch
@@ -43,7 +43,7 @@ class Tap:
         """Forward hook, with keywords."""
         if get_ident() != self.thread or tracing() or watch():
             return None
-        _check_returned(output, module, self.layer)
+        check_returned(output, module, self.layer)
         if referencing():
             self.references.append(output.detach())
             return None
@@ -134,14 +134,14 @@ def changed_at(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor])
         calls.append(number in (None, len(calls)))
         if not calls[-1]:
             return None
-        _check_returned(output, module, name)
+        check_returned(output, module, name)
         return change(output)
 
     with hooked_at(modules, {(name, is_input): hook}):
         yield calls
 
 
-def _check_changed_once(layer: str, calls: Sequence[bool]) -> None:
+def check_changed_once(layer: str, calls: Sequence[bool]) -> None:
     """Raise a `ValueError` unless one call of a layer was changed."""
     if not any(calls):
         raise InputError(f"the forward pass does not use layer {layer!r}")

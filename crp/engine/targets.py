@@ -70,7 +70,7 @@ def check_targets_exist(
         _check_once(places, f"row {row}: {output_name!r}", tuple(prediction.shape[1:]))
 
 
-def _warn_of_positions(targets: Sequence[Any] | None, prediction: Tensor, inputs: Inputs) -> None:
+def warn_of_positions(targets: Sequence[Any] | None, prediction: Tensor, inputs: Inputs) -> None:
     """Warn where a class of a text is a position: axis 1 of the output is that of the tokens, all of it is summed."""
     n_tokens = [tuple(embedded.values.shape[2:]) for embedded in inputs.embedded.values()]
     if prediction.dim() != 3 or tuple(prediction.shape[1:2]) not in n_tokens:

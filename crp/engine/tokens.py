@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crp.engine.attached import put_on
 from crp.errors import InputError, OutOfRangeError
 from crp.layers import hooked, looking, modules_of
-from crp.layers.devices import _device_of
+from crp.layers.devices import device_of
 from crp.layers.interrupts import atomic
 from crp.layers.misfits import telling_misfits, unknown_ids
 
@@ -52,21 +52,21 @@ class Embedded(NamedTuple):
         return cls(layer, values.movedim(-1, 1).contiguous())
 
 
-def can_embed(model: nn.Module, ids: object) -> bool:
+def _can_embed(model: nn.Module, ids: object) -> bool:
     """Whether these may be token ids that the model looks up: integers, and a model with embeddings."""
-    return _are_ids(ids) and any(isinstance(module, nn.Embedding) for module in model.modules())
+    return _hold_ids(ids) and any(isinstance(module, nn.Embedding) for module in model.modules())
 
 
-def _are_ids(value: object) -> bool:
+def _hold_ids(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32) and value.dim() > 0
 
 
-def name_of_ids(values: Mapping[Any, Any]) -> int | str | None:
+def _name_of_ids(values: Mapping[Any, Any]) -> int | str | None:
     """Name of the input that holds token ids, among inputs of which none but a mask is floating; None if not clear."""
     others = (value for name, value in values.items() if name != "attention_mask")
     if any(isinstance(value, Tensor) and value.is_floating_point() for value in others):
         return None
-    ids = [name for name, value in values.items() if _are_ids(value)]
+    ids = [name for name, value in values.items() if _hold_ids(value)]
     return "input_ids" if "input_ids" in ids else ids[0] if len(ids) == 1 else None
 
 
@@ -115,7 +115,7 @@ def _layer_of_ids(
         if module is own:
             return layer
     readers: dict[str, None] = {}
-    device = _device_of(model)
+    device = device_of(model)
     one = {key: value[:1].to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
 
     def note(layer: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -195,7 +195,7 @@ def _is_same(given: object, ids: Tensor) -> bool:
 
 
 @contextmanager
-def in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded]) -> Iterator[dict[str, Tensor]]:
+def _in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded]) -> Iterator[dict[str, Tensor]]:
     """Context in which a model takes embeddings of ids as further keywords, which are yielded.
 
     Raises

@@ -48,7 +48,7 @@ class Followed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer, and what follows."""
         output = self.layer(*args, **kwargs)
-        _check_returned(output, self.layer)
+        check_returned(output, self.layer)
         return self.after(output, *args)
 
     def __getattr__(self, name: str) -> Any:
@@ -58,7 +58,7 @@ class Followed(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
 
-def _check_returned(output: object, layer: nn.Module, name: str = "") -> None:
+def check_returned(output: object, layer: nn.Module, name: str = "") -> None:
     """Raise a `TypeError` if what a layer returns is no tensor."""
     if not isinstance(output, Tensor):
         named = f" {name!r}" if name else ""
@@ -287,7 +287,11 @@ def _with_usual_gradient(module: nn.Module, args: Any, output: Any) -> None:
     if not isinstance(output, Tensor) or output.device.type != "cpu" or not output.requires_grad:
         return
     if output.dim() > 3 and len(output) == 1 and output.is_contiguous():
-        output.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
+        output.register_hook(_in_usual_layout)  # type: ignore[no-untyped-call]
+
+
+def _in_usual_layout(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.contiguous()  # (none comes to what is held constant)
 
 
 def tracing() -> bool:

@@ -182,19 +182,22 @@ class _Projection(TorchFunctionMode):
         n_samples = args[0].shape[1] if args[0].dim() == 3 else 1  # (of the query)
         # (the mode that was entered last is asked first, and has made it a call that tells)
         later = _running.get() if func is _projecting() else ()
-        token = _running.set((partial(self._told, n_samples), *later))
+        token = _running.set((partial(self._replaced_in, n_samples), *later))
         try:
             return _projecting()(*args, **(kwargs or {}))
         finally:
             _running.reset(token)
 
-    def _told(self, n_samples: int, is_input: bool, value: Tensor) -> Tensor:
+    def _replaced_in(self, n_samples: int, is_input: bool, value: Tensor) -> Tensor:
         """What a hook makes of (tokens * samples, channels), which it sees as (samples, tokens, channels)."""
-        if is_input not in self.hooks:
-            return value
-        shown = value.unflatten(0, (-1, n_samples)).transpose(0, 1)  # type: ignore[no-untyped-call]
-        replaced = self.hooks[is_input]((), {}, shown)
-        return value if replaced is None else replaced.transpose(0, 1).flatten(0, 1)
+        seen = value.unflatten(0, (-1, n_samples)).transpose(0, 1)  # type: ignore[no-untyped-call]
+        replaced = self._replaced(is_input, seen)
+        return value if replaced is seen else replaced.transpose(0, 1).flatten(0, 1)
+
+    def _replaced(self, is_input: bool, value: Tensor) -> Tensor:
+        """What a hook makes of the projection's input or output; the value itself, where it makes nothing of it."""
+        replaced = self.hooks[is_input]((), {}, value) if is_input in self.hooks else None
+        return value if replaced is None else replaced
 
 
 class _OfWindows(_Projection):
@@ -214,12 +217,8 @@ class _OfWindows(_Projection):
         kwargs = kwargs or {}
         if func is not F.linear or len(args) < 2 or args[1] is not self._layer.weight:
             return func(*args, **kwargs)
-        value = self._shown(True, args[0])
-        return self._shown(False, func(value, *args[1:], **kwargs))
-
-    def _shown(self, is_input: bool, value: Tensor) -> Tensor:
-        replaced = self.hooks[is_input]((), {}, value) if is_input in self.hooks else None
-        return value if replaced is None else replaced
+        value = self._replaced(True, args[0])
+        return self._replaced(False, func(value, *args[1:], **kwargs))
 
 
 #: What is told of the output projection of the `nn.MultiheadAttention` that is running: its input (True), and output.

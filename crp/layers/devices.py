@@ -19,7 +19,7 @@ from torch import Tensor, nn
 _MOVING = "_hf_hook"
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """Where a model runs: on the device of its first parameter that is loaded, or where accelerate loads them to."""
     if (parameter := next((p for p in model.parameters() if not p.is_meta), None)) is not None:
         return parameter.device

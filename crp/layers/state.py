@@ -89,7 +89,7 @@ def random_states(devices: Iterable[torch.device]) -> Iterator[tuple[Any, Callab
             yield module.get_rng_state(**place), partial(module.set_rng_state, **place)
 
 
-def _version_of(tensor: Tensor) -> int | None:
+def version_of(tensor: Tensor) -> int | None:
     """Count of in-place changes, shared by all views; None where torch keeps no count."""
     return None if tensor.is_inference() else tensor._version
 
@@ -180,7 +180,7 @@ class Snapshot:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             same = tensor.detach()  # the same memory, and the shape and type of now
             content = _once(same).clone() if with_content else None
-            self._undo.append(partial(_put_tensor_back, tensor, same, _version_of(tensor), content))
+            self._undo.append(partial(_put_tensor_back, tensor, same, version_of(tensor), content))
 
 
 def _put_tensor_back(tensor: Tensor, same: Tensor, version: int | None, content: Tensor | None) -> None:
@@ -190,7 +190,7 @@ def _put_tensor_back(tensor: Tensor, same: Tensor, version: int | None, content:
         if content is None:
             return
         if not _is_plain(same):
-            if _version_of(tensor) != version or tensor.layout is torch.sparse_coo:  # (which misses some changes)
+            if version_of(tensor) != version or tensor.layout is torch.sparse_coo:  # (which misses some changes)
                 tensor.copy_(content)
         elif not _equals(_once(same), content):
             # (through `.data`, which does not count as a new version; batch norm's own changes do not count either)

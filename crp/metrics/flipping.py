@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from crp.attributors.backgrounds import Background, make_background
-from crp.attributors.baselines import _are_ids, _baselines
+from crp.attributors.baselines import are_ids, single_baselines
 from crp.attributors.scores import ScoreName
 from crp.attributors.target import Target
 from crp.checks import check_choice, check_number
@@ -165,8 +165,8 @@ def pixel_flipping(
         is_tensor = inputs.form == "tensor" and not inputs.embedded
         asked: tuple[Data, Tensor | Target] = (original, scorer.classes) if is_tensor else (data, scorer.target)
         given = _relevance_of(explain_func, model, *asked, output, original)
-    if inputs.embedded and _are_ids(replacement):
-        (filled,) = _baselines(replacement, inputs, model)
+    if inputs.embedded and are_ids(replacement):
+        (filled,) = single_baselines(replacement, inputs, model)
     else:
         filled = make_background(replacement, original, sigma, torch.Generator().manual_seed(seed))
     return _flip(scorer, original, filled, cast(Tensor, given), patch, step, channels)

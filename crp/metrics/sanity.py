@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from crp.engine.checking import _shuffle
+from crp.engine.checking import shuffle
 from crp.engine.door import check_seed
 from crp.errors import InputError
 from crp.flags import check_flags
@@ -81,7 +81,7 @@ def randomization(
     original, similarity = ranks(), {}
     for name in reversed(layers):
         for parameter in layers[name]:
-            _shuffle(parameter, generator)
+            shuffle(parameter, generator)
         similarity[name] = _correlation(original, ranks())
     return similarity
 

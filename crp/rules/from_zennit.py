@@ -10,7 +10,7 @@ from zennit import rules as zennit_rules
 from zennit.core import BasicHook, Hook, ParamMod
 
 from crp.errors import InputTypeError
-from crp.layers.packed import _unpacked
+from crp.layers.packed import unpacked
 from crp.rules.activations import Pass
 from crp.rules.base import Rule, _unit_of
 from crp.rules.layer import Layer
@@ -94,9 +94,9 @@ def _modified(layer: Layer, modifier: ParamMod, a: Tensor) -> Tensor:
         elif modifier.param_keys is not None and name not in modifier.param_keys:
             changed[name] = value.detach()
         elif name in (modifier.zero_params or ()):
-            changed[name] = torch.zeros_like(_unpacked(value))
+            changed[name] = torch.zeros_like(unpacked(value))
         else:
-            changed[name] = modifier.modifier(_unpacked(value.detach()), name)
+            changed[name] = modifier.modifier(unpacked(value.detach()), name)
     if layer.operands is not None:
         weight = changed["weight"]
         assert weight is not None

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from crp.errors import InputTypeError
 from crp.layers.devices import holds
 from crp.layers.marks import TensorMark
-from crp.layers.packed import _unpacked
+from crp.layers.packed import unpacked
 from crp.rules.functions import Function, _arguments_of
 from crp.rules.notes import Copied
 from crp.rules.operands import Operands
@@ -304,7 +304,7 @@ class Layer:
         if operand is None or (name == "bias" and name in self.zero_params):
             return None
         if name in self.zero_params:
-            return torch.zeros_like(_unpacked(operand))
+            return torch.zeros_like(unpacked(operand))
         return operand.detach() if modifier is _same else modified(operand, modifier)
 
     def _refuse_modifier(self, weight: object, bias: object) -> None:
@@ -355,7 +355,7 @@ def modified(weight: Tensor, modifier: Modifier) -> Tensor:
             known.pop(modifier, None)
             while len(known) >= KEPT:
                 del known[next(iter(known))]
-            known[modifier] = (TensorMark(weight), modifier(_unpacked(weight.detach())))
+            known[modifier] = (TensorMark(weight), modifier(unpacked(weight.detach())))
     return known[modifier][1]
 
 

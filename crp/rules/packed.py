@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_map_only
 
 from crp.layers.interrupts import atomic
-from crp.layers.packed import _is_packed
+from crp.layers.packed import is_packed
 from crp.rules.functions import _enter, look_up
 from crp.rules.operands import Operands
 
@@ -83,7 +83,7 @@ def _is_packed_layer(module: nn.Module) -> bool:
         return False
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
-        return _is_packed(weight)
+        return is_packed(weight)
     tensors = [t for kept in (module._parameters, module._buffers, own) for t in kept.values() if isinstance(t, Tensor)]
     integers = [tensor for tensor in tensors if not (tensor.is_floating_point() or tensor.is_complex())]
     return any(8 * tensor.nbytes >= sizes[0] * sizes[1] > 0 for tensor in integers)  # (a bit of each weight, at least)
@@ -133,7 +133,7 @@ def _parse(
     input, weight, bias, forward = args
 
     def run(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        if not _is_packed(w):
+        if not is_packed(w):
             return F.linear(a, w, b)
         output = _packed_linear(a, w, bias, forward)
         if b is bias or (b is not None and bias is not None and b.data_ptr() == bias.data_ptr()):
@@ -189,7 +189,7 @@ def _seen(module: Any, forward: Callable[..., Any]) -> Callable[..., Tensor]:
             kept = getattr(module, "weight", None)
             shape = module.out_features, module.in_features
             weights[key] = (
-                kept if isinstance(kept, Tensor) and _is_packed(kept) else _PackedWeight(forward, shape, input)
+                kept if isinstance(kept, Tensor) and is_packed(kept) else _PackedWeight(forward, shape, input)
             )
         return _packed_linear(input, weights[key], bias if isinstance(bias, Tensor) else None, forward)
 

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdRef
 
 from crp.layers import _active, uncompiled, unwrap
 from crp.layers.interrupts import atomic
-from crp.layers.state import Snapshot, _version_of, undisturbed
+from crp.layers.state import Snapshot, undisturbed, version_of
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 
 #: Functions that look at a tensor without reading its values.
@@ -116,13 +116,13 @@ class _Recorder(TorchFunctionMode):
         self._writes: dict[Hashable, Node] = {}
 
     def keep(self, tensor: Tensor, node: Node) -> None:
-        self._nodes[id(tensor)] = (weakref.ref(tensor), node, _version_of(tensor))
+        self._nodes[id(tensor)] = (weakref.ref(tensor), node, version_of(tensor))
 
     def find(self, tensor: Tensor) -> Node | None:
         if (entry := self._nodes.get(id(tensor))) is None or entry[0]() is not tensor:
             return None
         _, node, version = entry
-        return node if version == _version_of(tensor) else self._writes.get(_storage(tensor), node)
+        return node if version == version_of(tensor) else self._writes.get(_storage(tensor), node)
 
     def find_all(self, tensors: Iterable[Tensor]) -> list[Node]:
         nodes = {id(node): node for tensor in tensors if (node := self.find(tensor)) is not None}
@@ -140,7 +140,7 @@ class _Recorder(TorchFunctionMode):
         operands = list(tensors_in((args, kwargs)))
         if name not in _READING and name not in _METADATA:
             self._keep_parameters(operands)
-        sources, versions = self.find_all(operands), [_version_of(tensor) for tensor in operands]
+        sources, versions = self.find_all(operands), [version_of(tensor) for tensor in operands]
         arguments = self._recordable(args), {key: self._recordable(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
         made = list(tensors_in(result))
@@ -148,7 +148,7 @@ class _Recorder(TorchFunctionMode):
             return result
         if name == "__get__":  # a view, as `weight.T` is
             self._keep_parameters(operands)
-        written = [t for t, version in zip(operands, versions, strict=True) if version != _version_of(t)]
+        written = [t for t, version in zip(operands, versions, strict=True) if version != version_of(t)]
         if name == "__set__" and len(operands) > 1:  # x.data = y
             written.append(operands[0])
         new = [tensor for tensor in made if not any(tensor is other for other in operands)]
@@ -348,7 +348,7 @@ class _Version:
     """A tensor as it is; equal to another one if it is the same and nobody wrote to it between."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor, _version_of(tensor)
+        self._tensor, self._version = tensor, version_of(tensor)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Version) and self._tensor is other._tensor and self._version == other._version

@@ -272,7 +272,7 @@ AFTER = {
     ),
     "mask_map gives nothing": bad(
         TypeError,
-        "mask_map must give a function of the gradient; for layer 'conv2' it gives None",
+        "mask_map must give a function of the gradient; for 'conv2' it gives None",
         mask_map=lambda row, ids, layer: None,
     ),
     "mask gives nothing": bad(

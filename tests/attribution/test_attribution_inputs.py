@@ -391,7 +391,7 @@ WRONG = {
     "no batch axis": ((IMAGE, IDS, torch.tensor(1)), {}, ValueError, r"for \[2, 2, None\] samples; .*2 of shape \(\)"),
     "array": ((IMAGE, TABLE.numpy()), {}, TypeError, r"input 1 is ndarray \(torch.from_numpy .*\); inputs are tensors"),
     "list": ({"x": [1, 2]}, {}, TypeError, r"input 'x' is list \(a tokenizer gives .*=\"pt\"\); inputs are tensors"),
-    "empty": ((), {}, TypeError, "a tuple or dict with an input for each argument; it is empty"),
+    "empty": ((), {}, TypeError, "a tuple or dict of an input for each argument; it is empty"),
     "keys": ({0: IMAGE}, {}, TypeError, "names of the model's arguments as keys, not 0"),
     "no floats": ({"ids": IDS, "n": 3}, {}, TypeError, "no input is a floating.*'ids' is torch.int64, 'n' is 3"),
     "integers asked": (
@@ -462,14 +462,20 @@ def test_samples_next_to_each_other_are_not_copied(samples):
     ],
 )
 def test_heatmaps_have_the_axes_of_pictures_videos_and_sounds(name, shape, axis):
-    """By the names that models of Hugging Face give to their inputs; of others, channels are the second axis."""
+    """By the names that models of Hugging Face give to their inputs; of others, channels are the second axis.
+
+    What such a model says is its main input may be given without its name.
+    """
     generator = torch.Generator().manual_seed(3)
     data, weight = (torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(2))
 
     class Named(nn.Module):
-        def forward(self, **inputs: Tensor) -> Tensor:
-            return (inputs[name] * weight[:1]).reshape(len(data), -1).sum(1, keepdim=True)
+        main_input_name = name
 
-    found = CondAttribution(Named().eval())({name: data}, [{"y": 0}], GradientTimesInput()).heatmap
+        def forward(self, *given: Tensor, **inputs: Tensor) -> Tensor:
+            return ((*given, *inputs.values())[0] * weight[:1]).reshape(len(data), -1).sum(1, keepdim=True)
+
     wanted = data * weight[:1]
-    assert close(found, wanted if axis is None else wanted.sum(axis))
+    for given in ({name: data}, data, (data, None)):
+        found = CondAttribution(Named().eval())(given, [{"y": 0}], GradientTimesInput()).heatmap
+        assert close(found, wanted if axis is None else wanted.sum(axis))

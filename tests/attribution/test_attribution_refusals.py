@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import crp
 from crp.attribution import CondAttribution
+from crp.composites import EpsilonPlus
 from crp.concepts import AxisConcept, ChannelConcept
 
 X = SMALL
@@ -128,6 +129,23 @@ def test_layers_that_the_flow_does_not_reach(composite, untouched):
         ask(model, data=data, conditions=[{}], start_layer="fixed", composite=composite)
     with untouched(model), pytest.raises(RuntimeError, match="from the start does not reach 'head'"):
         ask(model, data=data, conditions=[{"head": [0]}], start_layer="side", composite=composite)
+
+
+@pytest.mark.parametrize("gate", [nn.Sigmoid(), nn.BatchNorm2d(1)], ids=["sigmoid", "batch norm"])
+def test_a_gate_that_is_held_constant(gate, untouched):
+    """What is held constant has no gradient at all, for hooks on the layer either."""
+    model = net(
+        lambda s, x: s.head((s.signal(x) * s.gate(s.below(x))).relu().mean((2, 3))),
+        signal=nn.Conv2d(2, 4, 3), below=nn.Conv2d(2, 1, 3), gate=gate, head=nn.Linear(4, 3),
+    )  # fmt: skip
+    data = X[:1, :2]
+    whole = CondAttribution(model)(data, [{"y": 1}], EpsilonPlus(None), record_layer=["gate"])
+    assert whole.heatmap.any() and not whole.relevances["gate"].any()
+    with untouched(model), pytest.warns(UserWarning, match=r"conditions on \['gate'\] have no effect"):
+        found = CondAttribution(model)(data, [{"y": 1, "gate": [0]}], EpsilonPlus(None), exclude_parallel=False)
+    assert torch.equal(found.heatmap, whole.heatmap)
+    with untouched(model), pytest.raises(RuntimeError, match="from the start does not reach 'gate'"):
+        CondAttribution(model)(data, [{"y": 1, "gate": [0]}], EpsilonPlus(None))
 
 
 def test_the_same_error_when_asked_again(model, untouched):

@@ -364,7 +364,7 @@ def test_functions_of_all_samples_see_all_samples():
         (lambda m, x: Gradient(m)(x, [0, 1]), ValueError, "target has 2 classes for 3 samples"),
         (lambda m, x: Gradient(m)(x, Mask(torch.ones(3, 5))), ValueError, r"mask of shape \(3, 5\), does not fit"),
         (lambda m, x: Gradient(m)(x, Mask(torch.ones(2, 4))), ValueError, "is for 2 samples; there are 3"),
-        (lambda m, x: Gradient(m)(x, Score(lambda y: y)), ValueError, r"returned shape \(3, 4\)"),
+        (lambda m, x: Gradient(m)(x, Score(lambda y: y)), ValueError, r"returned a Tensor of shape \(3, 4\)"),
         (lambda m, x: Gradient(m)(x, "dog"), TypeError, "target must be a class, .*not 'dog'"),
         (lambda m, x: Gradient(m)(x, Neuron("33", 0)), KeyError, "'33' not found in model"),
         (lambda m, x: IntegratedGradients(m)(x, Neuron("33", 0)), KeyError, "'33' not found in model"),
@@ -402,7 +402,7 @@ def test_functions_of_all_samples_see_all_samples():
         (lambda m, x: SmoothGrad(m, noise="x")(x, 0), TypeError, "noise must be a tensor for each input, not 'x'"),
         (lambda m, x: SmoothGrad(m, seed="a"), ValueError, "seed must be a whole number of 64 bits"),
         (lambda m, x: Gradient(m)(x, lambda y: y[:, :2]), ValueError, "shape"),
-        (lambda m, x: IntegratedGradients(m)(x, lambda y: 3), ValueError, "attr_output gives a int"),
+        (lambda m, x: IntegratedGradients(m)(x, lambda y: 3), ValueError, "attr_output gives an int"),
     ],
 )  # fmt: skip
 def test_errors_name_the_culprit(call, error, message, untouched):

@@ -216,6 +216,39 @@ def test_an_interruption_keeps_whole_shards_and_says_how_to_go_on(here: Path, nu
     assert shards_of(files_of(here / "out")) == shards_of(files_of(here / "whole"))
 
 
+@pytest.mark.parametrize(
+    ("more", "again"), [([], "the same command"), (["--overwrite"], "the same command without --overwrite")], ids=str
+)
+def test_an_interruption_says_which_command_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], again: str
+) -> None:
+    """With ``--overwrite`` once more, what is kept would be discarded."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crp.commands.mine._run", interrupted)
+    result = mined("out", *more)
+    assert result.exit_code == 130
+    assert f"All whole shards are kept in out; {again} goes on from there." in result.output
+
+
+@pytest.mark.parametrize(("share", "shown"), [(None, True), ("0/2", True), ("1/2", False)], ids=str)
+def test_one_process_shows_the_progress(
+    here: Path, monkeypatch: pytest.MonkeyPatch, share: str | None, shown: bool
+) -> None:
+    settings: dict[str, Any] = {}
+
+    def run(*_: Any, **given: Any) -> None:
+        settings.update(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crp.commands.mine._run", run)
+    words = [word for word in NET if word != "--quiet"]
+    crp("mine", *words, "--data", "words:rows", "--out", "out", *(["--shard", share] if share else []))
+    assert settings["progress"] is shown
+
+
 def wait_for_shards(path: Path) -> None:
     deadline = time.monotonic() + 120
     while not list(path.glob("shards/*.safetensors")):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from zennit.composites import EpsilonPlus, NameMapComposite
 from zennit.core import Composite
 
+from crp import composites
 from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept
 from crp.hooks import FeatVisHook, MaskHook
@@ -99,3 +100,27 @@ def test_feature_visualization_hook(mlp, vectors, untouched, device):
     with torch.no_grad():
         hook.post_forward(mlp[2], (), mlp[2](mlp[:2](vectors)))
     assert len(recorder.seen) == 3
+
+
+def test_hooks_on_a_gate_that_a_rule_holds_constant(mlp, vectors):
+    """No gradient comes to it: nothing is masked, and its relevance is 0."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.gate = mlp, nn.Sigmoid()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.net(x)
+            return y * self.gate(x.mean(1, keepdim=True))
+
+    recorder, batch = Recorder(), {"sample_indices": [0, 1], "targets": [0, 0]}
+    data, model = vectors[:2].clone().requires_grad_(), Gated()
+    hooks = MaskHook([keep_first]), FeatVisHook(recorder, ChannelConcept(), "gate", batch)
+    handles = [hook.register(model.gate) for hook in hooks]
+    with composites.EpsilonPlus().context(model):
+        (relevance,) = torch.autograd.grad(model(data)[:, 0].sum(), data)
+    for handle in handles:
+        handle.remove()
+    [(_, activation, *_), (kind, found, *_)] = recorder.seen
+    assert kind == "relevance" and found.shape == activation.shape and not found.any() and relevance.any()

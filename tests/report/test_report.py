@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 from collections import OrderedDict
 from itertools import chain
@@ -40,7 +41,7 @@ from crp.visualization.report.drawing import Row, scores
 from crp.visualization.report.maps import crop_of, encode_maps, read_facts, square_map
 from crp.visualization.report.options import ReportOptions
 from crp.visualization.report.picture_drawing import PictureDrawer, picture_file
-from crp.visualization.report.render import _breaking, counted
+from crp.visualization.report.render import Renderer, SingleRenderer, _breaking, counted
 from crp.visualization.report.suspects import _parts_of_pictures, find_suspects
 from crp.visualization.table.ranking import class_means, top_k
 from crp.visualization.table.store import Table
@@ -458,7 +459,12 @@ def test_another_model_is_refused(fv, tmp_path):
         report(other, tmp_path / "out")
 
 
-def test_pictures_of_several_sizes_are_drawn(tmp_path):
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_pictures_of_several_sizes_are_drawn(tmp_path, monkeypatch, large):
+    if large:  # (whose rows are with those of other samples, where a sample has few)
+        monkeypatch.setattr(picture_rows, "SMALL", 1)
+        monkeypatch.setattr(picture_rows, "_SHARING", 1000)
+
     class Uneven(Images):
         def __getitem__(self, index):
             data, label = super().__getitem__(index)
@@ -567,6 +573,8 @@ def test_options_are_checked(fv, tmp_path, options, error, match):
 def test_tiles_of_another_size_are_refused(fv):
     with pytest.raises(ValueError, match=r"got \(1, 6, 6\) and \(3, 3\)"):
         make_tile(fv.dataset.data[0], torch.zeros(3, 3), "")
+    with pytest.raises(ValueError, match=r"got \(2, 3, 6, 6\) and \(3, 6, 6\)"):
+        make_tile(torch.rand(2, 3, 6, 6), torch.zeros(3, 6, 6), "")
 
 
 @pytest.mark.parametrize("size", [0, "large", 2.5])
@@ -575,6 +583,43 @@ def test_tiles_have_a_size_in_pixels(fv, size):
         make_tile(fv.dataset.data[0], torch.zeros(6, 6), "", size=size)
     tile = make_tile(fv.dataset.data[0].repeat(1, 2, 1), torch.zeros(12, 6), "", size=4)
     assert [Image.open(io.BytesIO(content)).size for content in tile[:2]] == [(2, 4)] * 2
+
+
+def test_tiles_are_averages_of_what_they_show():
+    columns = torch.arange(12).remainder(2).double().expand(3, 12, 12)
+    tile = make_tile(columns, torch.zeros(12, 12), "", size=4)
+    shown = np.asarray(Image.open(io.BytesIO(tile.sample)).convert("L")).astype(int)
+    assert shown.shape == (4, 4) and np.ptp(shown) < 80 and abs(shown.mean() - 127.5) < 2
+    thin = make_tile(torch.rand(3, 2, 50), torch.zeros(2, 50), "", size=10)
+    assert [Image.open(io.BytesIO(content)).size for content in thin[:2]] == [(10, 1)] * 2
+
+
+def test_references_are_counted_by_the_relevant_ones():
+    assert ReportOptions(n_references=3).counts == {"relevance": 3, "activation": 3, "negative": 2}
+    given = ReportOptions(n_references=3, n_active=0, n_negative=0)
+    assert given.counts == {"relevance": 3, "activation": 0, "negative": 0}
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "one file"])
+def test_names_that_no_encoding_has_are_shown_with_a_question_mark(tmp_path, single):
+    """As those of files whose names are no UTF-8."""
+    footer, path = "caf\udce9.png", tmp_path / "new" / "atlas.html"
+    if single:
+        renderer = SingleRenderer(tmp_path, footer, False, True, path, "x")
+    else:
+        renderer, path = Renderer(tmp_path / "new", footer, False), tmp_path / "new" / "index.html"
+    renderer.page("index.html", "suspects.html", "x", page={"trail": [], "lead": "", "suspects": []})
+    assert renderer.finish() == path
+    assert "caf?.png" in path.read_text(encoding="utf-8")
+
+
+def test_pages_that_are_as_they_were_are_not_written(tmp_path):
+    renderer, times = Renderer(tmp_path, "", False), []
+    for lead in ("a", "a", "b"):
+        renderer.page("index.html", "suspects.html", "x", page={"trail": [], "lead": lead, "suspects": []})
+        times.append((tmp_path / "index.html").stat().st_mtime_ns)
+        os.utime(tmp_path / "index.html", ns=(10**18, 10**18))
+    assert [time == 10**18 for time in times] == [False, True, False]
 
 
 # ---- parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,22 @@ def shot_of_a_tile(
     browser.evaluate("document.getElementById('as-masked').click()")
     pixels = np.asarray(Image.open(folder / "shot.png").convert("RGB")).astype(int)
     return pixels[top : top + side, left : left + side], side
+
+
+def test_a_crop_is_the_part_that_the_page_names(browser, atlas):
+    """The square of the class ``k<left>-<top>-<side>``, in hundredths of the picture, fills the tile."""
+    browser.resize(1280)
+    browser.open((atlas / "concept/second/3.html").as_uri())
+    browser.evaluate("document.getElementById('as-crop').click()")
+    script = """[...document.querySelectorAll('.free .stack')].map(one => {
+        const whole = one.getBoundingClientRect(), tile = one.parentElement.getBoundingClientRect();
+        const part = [tile.left - whole.left, tile.top - whole.top, tile.width];
+        return [part.map(length => 100 * length / whole.width), one.className]; })"""
+    found = browser.evaluate(script)
+    browser.evaluate("document.getElementById('as-masked').click()")
+    named = [[int(number) for number in re.search(r"k(\d+)-(\d+)-(\d+)", name).groups()] for _, name in found]
+    assert any(left != top and side < 100 for left, top, side in named)
+    np.testing.assert_allclose([shown for shown, _ in found], named, atol=1.5)
 
 
 @pytest.mark.parametrize("file", ["out", "atlas.html"], ids=["folder", "single"])

@@ -41,6 +41,7 @@ def fv(tmp_path_factory):
         ({"findings": ["x"]}, "findings must be of Finding, not 'x'"),
         ({"findings": "x"}, "findings must be a list, not 'x'"),
         ({"concept_names": {"a": "b"}}, r"concept_names must map \(layer, concept\) to a name"),
+        ({"concept_names": {(0, "second"): "b"}}, r"concept_names must map \(layer, concept\) to a name"),
         ({"concept_names": {("absent", 0): "a"}}, "'absent'"),
         ({"concept_names": {("second", -1): "a"}}, "concept_names has .* -1.; layer 'second' has the concepts 0 to"),
         ({"findings": [Finding("A", concept=(0, "second", -1))]}, "a finding is about .* -1.; layer 'second' has the"),
@@ -49,6 +50,9 @@ def fv(tmp_path_factory):
         ({"part": "a"}, r"part must be \(i, n\) with i from 0 to n - 1, not 'a'"),
         ({"part": (0,)}, r"part must be \(i, n\)"),
         ({"part": (0.0, 2)}, r"part must be \(i, n\)"),
+        ({"part": (2, 2)}, r"part must be \(i, n\) with i from 0 to n - 1, not \(2, 2\)"),
+        ({"part": (-1, 2)}, r"part must be \(i, n\)"),
+        ({"part": (False, 2)}, r"part must be \(i, n\)"),
         ({"absent": 1}, "a report has no option 'absent'; there are class_names, concept_names"),
     ],
 )

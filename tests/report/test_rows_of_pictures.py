@@ -7,6 +7,7 @@ import io
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from crp.concepts import AxisConcept, ChannelConcept, DirectionConcept, Subspace
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.visualization import FeatureVisualization, Texts
 from crp.visualization.references import OfConcept, heatmaps_of
-from crp.visualization.report import picture_rows
+from crp.visualization.report import picture_rows, unfinished
 from crp.visualization.report.addresses import Addresses
 from crp.visualization.report.drawing import Drawn, HeatmapFile, Row
 from crp.visualization.report.maps import as_steps, square_map
@@ -268,3 +269,23 @@ def test_links_and_pipes_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "out/0.unfinished.npz").symlink_to(tmp_path / "elsewhere.npz")
     os.mkfifo(tmp_path / "out/1.unfinished.npz")
     assert known(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+def test_what_is_drawn_is_written_every_minute_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    seconds, folder = [0.0], tmp_path / "out" / "maps"  # (which is not there yet)
+    monkeypatch.setattr(unfinished, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+
+    def sizes() -> list[int]:
+        return sorted(len(np.load(file)["pixels"]) for file in folder.glob("*.unfinished.npz"))
+
+    with Unfinished(folder, JOBS, shared) as kept:
+        for second, place, expected in ((59, 0, []), (61, 1, [2]), (62, 2, [2]), (120, 0, [2]), (122, 1, [2, 3])):
+            seconds[0] = second
+            kept.add(int(second > 100), place, CELL)
+            assert sizes() == expected
+        kept.add(1, 2, CELL)
+    assert sizes() == ([1, 2, 3] if shared else [])
+    assert len(known(folder)) == (6 if shared else 0)

@@ -262,9 +262,9 @@ def test_lift_refuses_hooks_with_a_backward_pass_of_their_own():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda layer, a: None, "makes a NoneType the surrogate of linear"),
-        (lambda layer, a: layer(a).sum(), r"makes a tensor of \(\) the surrogate of linear.*, which returns \(2, 4\)"),
-        (lambda layer, a: layer(a)[:, :1], r"makes a tensor of \(2, 1\) the surrogate of linear"),
+        (lambda layer, a: None, "makes None the surrogate of linear"),
+        (lambda layer, a: layer(a).sum(), r"makes a Tensor of shape \(\) the surrogate of .*, which returns \(2, 4\)"),
+        (lambda layer, a: layer(a)[:, :1], r"makes a Tensor of shape \(2, 1\) the surrogate of linear"),
         (lambda layer, a: layer(a).detach(), r"makes a constant the surrogate of linear.*: it must be differentiable"),
     ],
     ids=["nothing", "scalar", "one output", "constant"],

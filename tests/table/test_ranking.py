@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from table_maker import Source, make_table
 
 from crp.concepts import normalize
-from crp.visualization.table import ranking
+from crp.visualization.table import ranking, shards
+from crp.visualization.table.manifest import ShardRecord
 from crp.visualization.table.ranking import class_means, class_statistics, list_targets, top_k
 from crp.visualization.table.store import Table
 
@@ -81,6 +83,21 @@ def test_top_k_of_a_class_some_samples_and_some_concepts(tmp_path: Path, mode: s
             top_k(table, "a", mode, samples=[3, number])
         with pytest.raises(IndexError, match=f"there is no sample {number}; "):
             table.blocks("a", mode, samples=[3, number])
+
+
+def test_only_shards_that_may_hold_the_samples_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, source = make_table(tmp_path, [(0, 40), (30, 60), (60, 80), (80, 100)])
+    opened, open_shard = [], shards.open_shard
+
+    def watched(folder: Path, shard: ShardRecord, *rest: bool) -> Any:
+        opened.append((shard.start, shard.stop))
+        return open_shard(folder, shard, *rest)
+
+    monkeypatch.setattr(shards, "open_shard", watched)
+    for samples, wanted in (([35], {(0, 40), (30, 60)}), ([59, 80], {(30, 60), (80, 100)}), ([], set())):
+        opened.clear()
+        found = [row for block in table.blocks("a", samples=samples) for row in block.sample.tolist()]
+        assert set(opened) == wanted and found == source.sample[np.isin(source.sample, samples)].tolist()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class Two(nn.Module):
 
 
 ARGUMENTS = {
-    "none": ((torch.ones(1, 3), None), r"layer 'right' \(Linear\) gets a NoneType in place of .* 1 is a NoneType"),
+    "none": ((torch.ones(1, 3), None), r"layer 'right' \(Linear\) gets None in place of .* 1 is None"),
     "text": ((torch.ones(1, 3), "z"), r"layer 'right' \(Linear\) gets a str in place of a tensor"),
     "integers": ((torch.ones(1, 3), torch.ones(1, 3).long()), "has weights of torch.float32 and gets torch.int64"),
     "too few": ((torch.ones(1, 3),), r"the model takes \(x, z\), and the data do not fit that: missing a required"),

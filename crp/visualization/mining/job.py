@@ -283,7 +283,7 @@ def _check_multipliers(
     """Refuse concepts that need multipliers under composites that have none."""
     encoding = Encoding.of(composite_on(attribution.model, composite))
     for layer, concept in concepts.items():
-        if getattr(concept, "needs_multiplier", False) and (not encoding.multiplier or encoding.as_multiplier):
+        if getattr(concept, "needs_multiplier", False) and not encoding.is_product:
             raise InputTypeError(
                 f"layer_map[{layer!r}]: {concept!r} needs multipliers, whose product with activation is relevance; "
                 f"{composite!r} has none. Use one of crp.composites, such as EpsilonPlus or GradientTimesInput"

@@ -110,10 +110,10 @@ def _references(atlas: Atlas, layer: str, concept: int) -> list[tuple[str, list[
         f"Where the concept is most active, whichever class it speaks for. Figures: {of_activation} activation.",
         "Where it speaks most against the class: blue.",
     )
-    headings = ("Most relevant", "Most active", "Most negative")
-    for heading, references, note in zip(headings, chosen, notes, strict=True):
+    headings = {"Most relevant": "relevance", "Most active": "activation", "Most negative": "relevance"}
+    for (heading, mode), references, note in zip(headings.items(), chosen, notes, strict=True):
         found = [
-            atlas.reference(layer, concept, place + i, one, _value(atlas, one.value, heading != "Most active"))
+            atlas.reference(layer, concept, place + i, one, _value(atlas, mode, one.value))
             for i, one in enumerate(references)
         ]
         place += len(references)
@@ -209,9 +209,9 @@ def _prediction(atlas: Atlas, sample: int, first: Drawn) -> list[tuple[str, str,
     ]
 
 
-def _value(atlas: Atlas, value: float, relevance: bool) -> str:
+def _value(atlas: Atlas, mode: str, value: float) -> str:
     fv = atlas.drawer.fv
-    normed = (fv.RelMax if relevance else fv.ActMax).abs_norm
+    normed = (fv.RelMax if mode == "relevance" else fv.ActMax).abs_norm
     return percent(value) if normed else f"{value:.3g}"
 
 
@@ -265,7 +265,7 @@ def _histograms(
             continue
         width = (high - low) or 1.0
         ticks = [(one.value - low) / width for one in references]
-        ends = [_value(atlas, end, mode == "relevance") for end in (low, high)]
+        ends = [_value(atlas, mode, end) for end in (low, high)]
         shown.append(
             (
                 _draw_histogram(found[mode].height[concept], ends[0], ends[1], ticks),

@@ -214,7 +214,8 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
     layer, field = query.layer, f"{query.mode}.{query.kind}"
     span, concepts = _get_span(query.concepts)
     for shard, earlier in zip(shards, _get_earlier(shards), strict=True):
-        if not shard.rows:
+        wanted = query.samples is None or np.ptp(np.searchsorted(query.samples, (shard.start, shard.stop))) > 0
+        if not (shard.rows and wanted):
             continue
         (sample, target), row = _read_ids(folder, shard, earlier)
         keep = np.ones(len(sample), bool) if query.of_class is None else target == query.of_class
@@ -225,8 +226,7 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
             scaled = f"{field}_scale/{layer}" in file.keys()  # noqa: SIM118
             for part in _get_parts(row, _BLOCK_BYTES // (8 * shard.concepts[layer]) or 1):
                 begin, end = int(row[part][0]), int(row[part][-1]) + 1
-                whole = end - begin == len(row[part])
-                inner = slice(None) if whole else row[part] - begin
+                inner = slice(None) if end - begin == len(row[part]) else row[part] - begin
                 value = file.get_slice(f"{field}/{layer}")[begin:end, span][inner]
                 if scaled:
                     scale = file.get_slice(f"{field}_scale/{layer}")[span]
