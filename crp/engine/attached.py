@@ -22,7 +22,6 @@ from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
 from crp.layers import (
     ByChainRule,
-    _with_right_gradients,
     evaluating,
     hooked,
     modules_of,
@@ -261,8 +260,6 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
                 f"the model is in training mode ({counted(len(training), 'module')}); it is explained in evaluation "
                 "mode. Call model.eval() first to say so."
             )
-        if asked.readout == "multiplier" or asked.encoding != "multiplier":  # (others have rules for batch norm)
-            undo.enter_context(_with_right_gradients(modules.values()))
         if not asked.isolates:
             undo.enter_context(without_parameter_gradients(model, modules.values()))
             undo.enter_context(uncompiled(model, modules.values()))

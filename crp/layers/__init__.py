@@ -5,13 +5,11 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from crp.errors import InputTypeError, NameNotFoundError
@@ -272,26 +270,6 @@ def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], **options: Any) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _with_right_gradients(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Context in which the gradient of batch norm is right: torch's kernel of a CPU mixes entries up (2.14).
-
-    It does so for one sample whose gradient arrives with the channels last, as that of tokens does.
-    """
-    norms = [module for module in modules if isinstance(module, _BatchNorm)]
-    return hooked(dict.fromkeys(norms, _with_usual_gradient))
-
-
-def _with_usual_gradient(module: nn.Module, args: Any, output: Any) -> None:
-    if not isinstance(output, Tensor) or output.device.type != "cpu" or not output.requires_grad:
-        return
-    if output.dim() > 3 and len(output) == 1 and output.is_contiguous():
-        output.register_hook(_in_usual_layout)  # type: ignore[no-untyped-call]
-
-
-def _in_usual_layout(gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.contiguous()  # (none comes to what is held constant)
 
 
 def tracing() -> bool:

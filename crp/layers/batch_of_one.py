@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 from torch import Tensor
 
 
-def _lay_out_alike(outputs: Iterable[Tensor]) -> None:
+def _lay_out_alike(outputs: Sequence[Tensor]) -> None:
     """Have each batch norm of one sample, in what outputs are made by, get a gradient laid out as its input is.
 
     Of one sample, the entries of a contiguous tensor and of one with the channels last may both count as in order for
     torch, which then mixes them up where its kernel reads one of either kind. Instance norm is such a batch norm, too.
     """
+    if not any(map(attrgetter("is_cpu"), outputs)):
+        return
     seen: set[Any] = {None}
     todo: list[Any] = [*map(attrgetter("grad_fn"), outputs)]
     while todo:

@@ -162,7 +162,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous selection selects copies indexes", "gather index_select take_along_dim"),
     ("", "homogeneous linear constant selects copies sign", "cat"),
     ("", "homogeneous linear constant selects copies", "dstack hstack pad stack vstack"),
-    ("", "homogeneous linear constant selects", "copy setitem"),
+    ("", "homogeneous linear constant selects", "copy pad_sequence setitem"),
     ("", "homogeneous constant selects copies", "column_stack index_fill row_stack select_scatter slice_scatter"),
     ("", "homogeneous constant selects copies indexes", "index_copy masked_scatter"),
     ("", "homogeneous constant selects indexes", "index_put scatter"),

@@ -109,12 +109,14 @@ def whole_call(
     Raises
     ------
     TypeError
-        If it returns no tensor.
+        If it returns no tensor, or one of complex numbers.
     """
-    if not isinstance(output, Tensor):
+    is_tensor = isinstance(output, Tensor)
+    if not is_tensor or output.is_complex():
+        what = "complex numbers" if is_tensor else f"{kind_of(output)}, not a tensor"
         raise InputTypeError(
-            f"{type(module).__name__} returns {kind_of(output)}, not a tensor, so that it cannot count as one "
-            "function. Map rules to the layers or functions inside it, or None to it for the ordinary chain rule"
+            f"{type(module).__name__} returns {what}, so that it cannot count as one function. "
+            "Map rules to the layers or functions inside it, or None to it for the ordinary chain rule"
         )
     # (asking a scripted module for its forward would leave something in it)
     function = module if isinstance(module, torch.jit.ScriptModule) else module.forward

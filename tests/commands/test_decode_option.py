@@ -87,9 +87,9 @@ def test_a_dataset_of_files_may_decode_itself(here: Path) -> None:
     assert isinstance(FeatureVisualization.open(here / "out").dataset, Decoded)
 
 
-@pytest.mark.parametrize("data", ["nets:decoded", "nets:words"])
-def test_what_is_no_folder_is_refused(here: Path, data: str) -> None:
+@pytest.mark.parametrize(("data", "kind"), [("nets:decoded", "Decoded"), ("nets:words", "list")])
+def test_what_is_no_folder_is_refused(here: Path, data: str, kind: str) -> None:
     result = mined("out", "--data", data, "--decode", "device")
     assert result.exit_code == 1
-    assert f"--decode device is for a folder of pictures, and --data {data} gives a" in result.output
+    assert f"--decode device is for a folder of pictures, and --data {data} gives {kind};" in result.output
     assert not (here / "out").exists()

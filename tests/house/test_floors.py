@@ -46,12 +46,12 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 396,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3313,
+    "attributors": 3314,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2711,
     "canonizers": 865,
     "commands": 2460,
-    "compat": 940,
+    "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
     "composites": 3994,
@@ -60,14 +60,14 @@ BUDGETS = {
     "concepts": 2029,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6358,
+    "engine": 6357,
     "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
-    "layers": 1517,
+    "layers": 1541,
     "outputs": 391,
     "metrics": 1126,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 7796,
+    "rules": 7798,
     # (along which axis the channels of a layer are)
     "trace": 1347,
     "types": 158,

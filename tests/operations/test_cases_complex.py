@@ -18,7 +18,7 @@ from crp.composites import (
     UniformLRP0,
     UniformZPlus,
 )
-from crp.rules import Epsilon
+from crp.rules import Epsilon, Whole
 
 X = numbers(2, 6)
 FILTER = torch.complex(numbers(9, seed=1), numbers(9, seed=2))
@@ -176,6 +176,18 @@ def test_rules_for_real_numbers_refuse_complex_ones_by_name(name, untouched):
     message = rf"treats real numbers, and the input of {name}\(\) is complex.*None in layer_map"
     with untouched(model), pytest.raises(NotImplementedError, match=message):
         CondAttribution(model)(X[:1], [{"y": 1}], AttnLRP())
+
+
+def test_a_module_as_a_whole_that_returns_complex_numbers_is_refused():
+    class Fourier(nn.Module):
+        def forward(self, x):
+            return torch.fft.rfft(x)
+
+    model = nn.Sequential(nn.Linear(6, 4), Fourier(), nn.Flatten()).double().eval()
+    with pytest.raises(TypeError, match=r"Fourier returns complex numbers.* or None to it"):
+        CondAttribution(model, output=lambda z: z.abs())(
+            X, [{"y": 1}], EpsilonPlus(layer_map=[("1", Whole(Epsilon()))])
+        )
 
 
 def test_a_complex_product_by_the_ordinary_chain_rule():

@@ -195,6 +195,7 @@ LINEAR = {
         nn.utils.rnn.pack_padded_sequence(h.flatten(2), [3, 4], batch_first=True, enforce_sorted=False),
         batch_first=True,
     )[0].unflatten(2, h.shape[2:]),
+    "padded": lambda h: nn.utils.rnn.pad_sequence([h[0, :2], h[1]], batch_first=True),
     "module_list": lambda h: functools.reduce(lambda t, layer: layer(t), nn.ModuleList([nn.ReLU(), nn.Identity()]), h),
     "functional_call": lambda h: torch.func.functional_call(
         nn.Conv2d(4, 4, 1, bias=False).double(), {"weight": numbers(4, 4, 1, 1)}, (h,)
@@ -216,7 +217,7 @@ def test_lrp_0_without_biases_is_gradient_times_input(name):
 @pytest.mark.covering(3)
 @pytest.mark.parametrize("preset", [*LRP_PRESETS, *ACTIVATION_PRESETS])
 @pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.filterwarnings("ignore:.*no rule for:UserWarning", "ignore:outside DeepLIFT")
+@pytest.mark.filterwarnings("ignore:.*no rule for:UserWarning", "ignore:outside DeepLIFT", "ignore:DeepLift finds")
 def test_there_is_no_false_alarm(name, preset):
     model = seeded(Around(LINEAR[name]))
     composite = {**LRP_PRESETS, **ACTIVATION_PRESETS}[preset]()
@@ -227,7 +228,7 @@ def test_there_is_no_false_alarm(name, preset):
 
 
 OF_DEGREE_ONE = ["sorted", "topk", "medians", "fft", "scatter_reduce", "fmax", "hypot"]
-OF_DEGREE_ONE += ["sparse_largest", "sparse_entries", "as_tensor", "packed"]
+OF_DEGREE_ONE += ["sparse_largest", "sparse_entries", "as_tensor", "packed", "padded"]
 
 
 @pytest.mark.parametrize("name", OF_DEGREE_ONE)
