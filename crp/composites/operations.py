@@ -254,9 +254,7 @@ class Operations(SeeingMode):
             return None
         known = activation(type(module).__name__, found[1])
         choice = self.choose(known, known.kind)
-        if choice.rule is None or any(
-            self.choose(function, function.kind).number < choice.number for function in found[0]
-        ):
+        if choice.rule is None or any(self.choose(one, one.kind).number < choice.number for one in found[0]):
             return None
         return choice, known
 

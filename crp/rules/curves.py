@@ -143,5 +143,14 @@ def _power(values: Tensor) -> int:
     return Born.DIVISOR if holds(lambda: quotients[0] < 1) else Born.ACTIVATION
 
 
+def _born_of(values: Tensor) -> int:
+    """What is known of results of a function that is bounded, or a power; 0 of others."""
+    return _power(values) or _bounded(values)
+
+
 def _is_flat(values: Tensor) -> Tensor:
     return (values == values[:1]).all() & values.isfinite().all()
+
+
+#: What tells that a function is one activation.
+_ACTIVATIONS = (_is_symmetric, _begins_at_zero, _bends_at_zero)

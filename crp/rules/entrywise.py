@@ -19,18 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from crp.rules.curves import (
-    _IDENTITY,
-    _STACKING,
-    _begins_at_zero,
-    _bends_at_zero,
-    _bounded,
-    _Curve,
-    _curve,
-    _is_curved,
-    _is_symmetric,
-    _power,
-)
+from crp.rules.curves import _ACTIVATIONS, _IDENTITY, _STACKING, _born_of, _Curve, _curve, _is_curved
 from crp.rules.layer import changed
 from crp.rules.notes import Born, Note, Notes
 from crp.rules.operation import Operation, _is_one_number
@@ -103,11 +92,11 @@ class _Entrywise:
     def of_numbers(self) -> int | None:
         """What is known of it (`Born`), if it is bounded, or a power; 0 if neither; None if not known of what."""
         below = [source.curve.values for key, source in self.sources.items() if not key.flags & Born.GATING]
-        return max((_power(values) or _bounded(values) for values in below), default=None)
+        return max(map(_born_of, below), default=None)
 
     def find_activation(self, sends: bool = True) -> None:
         """Find out whether it is one activation, to which relevance is sent, if the call ``sends`` it."""
-        for kind in [_is_curved] if self.is_softmax else [_is_symmetric, _begins_at_zero, _bends_at_zero]:
+        for kind in [_is_curved] if self.is_softmax else _ACTIVATIONS:
             for key, source in reversed(self.sources.items()):
                 if (gives := source.curve.gives(kind)) < 0:
                     continue
