@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,8 +36,8 @@ def _is_of_the_user(kind: Any) -> bool:
     )
 
 
-def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Function] | None:
-    """Functions of which a module makes one activation in this call; None if it makes anything else.
+def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> _Found:
+    """Functions of which a module makes one activation in this call, and its notes; None if it makes anything else.
 
     A module is one activation if it is called with one tensor, returns one of the same shape, reads no other tensor
     that depends on the model's input, and calls only elementwise functions that a mode can see, one of them an
@@ -60,7 +60,8 @@ def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, An
 
 
 #: Answers that are remembered: for each module, by `_key`.
-_answers: WeakKeyDictionary[nn.Module, dict[Any, list[Function] | None]] = WeakKeyDictionary()
+_Found: TypeAlias = tuple[list[Function], int] | None
+_answers: WeakKeyDictionary[nn.Module, dict[Any, _Found]] = WeakKeyDictionary()
 _MOST_ANSWERS = 64
 
 
@@ -91,7 +92,7 @@ def _is_plain(value: object) -> bool:
     return type(value) in _PLAIN
 
 
-def _probed(module: nn.Module, data: Tensor, probe: _Probe) -> list[Function] | None:
+def _probed(module: nn.Module, data: Tensor, probe: _Probe) -> _Found:
     with undisturbed(module), torch.enable_grad():
         leaf = data.detach().clone().requires_grad_()
         probe.notes.enter(leaf, None)
@@ -105,11 +106,11 @@ def _probed(module: nn.Module, data: Tensor, probe: _Probe) -> list[Function] | 
         if not probe.is_seen:
             probe.reads_others = True  # (another time, its values may be others)
             x, y = leaf.detach(), output.detach()
-            return next(([look_up(one)] for one in _OF_TORCH if _is_equal(one, x, y)), None)
-    functions = probe.functions
+            return next((([look_up(one)], look_up(one).gives) for one in _OF_TORCH if _is_equal(one, x, y)), None)
+        functions, flags = probe.functions, probe.notes.flags(output)
     is_smooth = any(function.kind == "activation" and function.has("identity") for function in functions)
     is_one = probe.is_seen and len(functions) > 1 and all(function.has("elementwise") for function in functions)
-    return functions if is_one and is_smooth else None
+    return (functions, flags) if is_one and is_smooth else None
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

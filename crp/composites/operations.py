@@ -247,16 +247,14 @@ class Operations(SeeingMode):
             return Choice(entry.rule, True, str(entry), entry.number), activation(type(module).__name__)
         self._step_aside()
         try:
-            functions = _one_activation(module, args, kwargs)
+            found = _one_activation(module, args, kwargs)
         finally:
             self._step_back()
-        if functions is None:
+        if found is None:
             return None
-        known = activation(type(module).__name__, functions[-1].gives)
+        known = activation(type(module).__name__, found[1])
         choice = self.choose(known, known.kind)
-        if choice.rule is None or any(
-            self.choose(function, function.kind).number < choice.number for function in functions
-        ):
+        if choice.rule is None or any(self.choose(one, one.kind).number < choice.number for one in found[0]):
             return None
         return choice, known
 

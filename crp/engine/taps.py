@@ -8,7 +8,7 @@ from functools import partial
 from threading import get_ident
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, preserve_format
 
 from crp.errors import InputError, InputTypeError
 from crp.layers import check_returned, find_layers, modules_of, referencing, tracing
@@ -50,7 +50,7 @@ class Tap:
         # Dropout and the like return their input, which what flows past the layer reads too.
         passed_on = any(output is given for given in (*args, *kwargs.values()))
         self.outputs.append(output.clone() if passed_on else output)
-        return self.outputs[-1].clone()
+        return self.outputs[-1].clone(memory_format=preserve_format)  # (rules know it by this argument)
 
     def call_meant(self, number: int | None, role: str) -> int | None:
         """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded."""

@@ -54,13 +54,12 @@ class Pass(Rule):
         """What is below the numbers around an activation, if the call is the last of both."""
         made = layer.parts
         if isinstance(made, _Entrywise) and made.activation is not None:
-            if made.activation.is_copied:
+            if made.is_copied:
                 raise InputError(
                     f"{layer} makes an activation of numbers before it, as of a hard sigmoid, so that all is one "
-                    "function: no relevance flows through what is named as a layer, or copied, inside. Name one "
-                    "before, or behind"
+                    "function: no relevance flows through what is named as a layer inside. Name one before, or behind"
                 )
-            return made.activation.tensor()
+            return made.activation.now()
         if isinstance(made, _OfExponentials) and layer.known.has("arithmetic") and not made.is_copied:
             return made.source if made.is_unchanged() else None  # (the exponential may be too small to divide by)
         return None

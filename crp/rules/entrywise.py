@@ -3,14 +3,15 @@
 A number that is added before an activation is a bias, and keeps its share. But a function that is symmetric about zero,
 ``f(x) + f(-x) = 2 f(0)``, has none: neither a hard sigmoid such as ``relu6(x + 3) / 6``, nor soft shrinkage such as
 ``relu(x - t) - relu(-x - t)``. Nor has one that is zero at zero, and nothing else next to it, such as ``log(1 + x)`` or
-``relu(x) - relu(x - 6)``. To tell them apart, what is computed of a tensor is computed of some points, too.
+``relu(x) - relu(x - 6)``; nor one that is linear on one side of zero and curved on the other, such as
+``where(x > 0, x + 1, exp(x))``; nor a softmax of it beside numbers, as of ``stack([x, 0])``, which is a sigmoid. To
+tell them apart, what is computed of a tensor is computed of some points, too.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -18,70 +19,38 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from crp.layers.devices import holds, is_recording
+from crp.rules.curves import _ACTIVATIONS, _IDENTITY, _STACKING, _born_of, _Curve, _curve, _is_curved
 from crp.rules.layer import changed
-from crp.rules.notes import Born, Notes
-from crp.rules.operation import Operation, _is_one_number, _on_a_copy
+from crp.rules.notes import Born, Note, Notes
+from crp.rules.operation import Operation, _is_one_number
 from crp.rules.passing import _CUTTING, _SEVERAL, _SUMS, _bounds, _run_on
 from crp.trace.recorder import tensors_in
 
 _CONDITIONS = frozenset(("ge", "gt", "le", "lt"))
 #: Functions that choose; what they choose may be a tensor of one number in every entry.
-_SELECTING = frozenset("clamp clamp_max clamp_min fmax fmin masked_fill maximum minimum where".split())  # noqa: SIM905
+_SELECTING = frozenset("clamp clamp_max clamp_min fmax fmin heaviside masked_fill maximum minimum where".split())  # noqa: SIM905
+#: Functions along an axis on which others stand side by side.
+_ALONG = frozenset("amax amin log_softmax logsumexp max min softmax".split())  # noqa: SIM905
+#: What is not known of exponentials that are bounded, or powers.
+_OF_NUMBERS = Born.SQUASHED | Born.EXPONENTIAL | Born.GATING
+#: Functions that are exponentials, or make gates of them.
+_OF_EXPONENTIALS = frozenset(("div", "exp", "exp2", "pow", "rdiv", "reciprocal", "rpow"))
 #: Functions that such a function may begin with: in these, a variable of the model still holds what they read.
-_HELD = _CONDITIONS | {"abs", "neg", "sign"}
-BEGINNING = _SUMS | _HELD | {"clamp", "hardsigmoid", "hardtanh", "softplus"}
-_AMOUNTS = 10.0 ** torch.linspace(-3, 4, 36, dtype=torch.float64, device="cpu")
-_POINTS = torch.cat([-_AMOUNTS.flip(0), 0 * _AMOUNTS[:1], _AMOUNTS])
-#: How many tensors are remembered that a function may be one of, and how many functions of Python's numbers.
-_MOST, _MOST_CURVES = 6, 4096
-
-
-class _Curve:
-    """What a function makes of `_POINTS`; it is found out once of those that are made of Python's numbers alone.
-
-    Parameters
-    ----------
-    values : Tensor
-    is_settled : bool
-        Whether it is such a function, and not one of numbers in tensors, which may be others in a replay.
-    """
-
-    def __init__(self, values: Tensor, is_settled: bool = True) -> None:
-        self.values, self.is_settled = values, is_settled
-        self._gives: dict[Callable[[Tensor], Tensor], int] = {}
-
-    def gives(self, kind: Callable[[Tensor], Tensor]) -> int:
-        """What is known of its results (`Born`), if it is one activation of this kind; -1 if not."""
-        if kind in self._gives or self.values.dtype == torch.bool:
-            return self._gives.get(kind, -1)
-        found = _given(self.values) if holds(partial(kind, self.values)) else -1
-        if self.is_settled and not is_recording():  # (where a GPU records, nothing holds)
-            self._gives[kind] = found
-        return found
-
-
-_IDENTITY = _Curve(_POINTS)
-#: Functions of Python's numbers, by calls; a model calls the same ones again and again.
-_curves: dict[Any, _Curve] = {}
+_HELD = _CONDITIONS | {"abs", "heaviside", "neg", "sgn", "sign"}
+BEGINNING = _SUMS | _HELD | _STACKING | {"clamp", "hardsigmoid", "hardtanh", "softplus"}
+#: How many tensors are remembered that a function may be one of.
+_MOST = 6
 
 
 class _Source(NamedTuple):
-    """A tensor, or what gives it, that a function may be one of, and that function.
+    """A function of a tensor, which is held where no variable of the model may do so.
 
     ``is_copied`` says whether a layer's output is in between, through which relevance shall flow.
     """
 
-    tensor: Callable[[], Tensor | None]
-    version: int
-    curve: _Curve
+    curve: _Curve = _IDENTITY
+    held: Tensor | None = None
     is_copied: bool = False
-
-    @property
-    def is_there(self) -> bool:
-        """Whether it still has its values."""
-        tensor = self.tensor()
-        return tensor is not None and tensor._version == self.version
 
 
 @dataclass(eq=False, slots=True)
@@ -90,76 +59,199 @@ class _Entrywise:
 
     Attributes
     ----------
-    sources : dict of int to _Source
-        What it is a function of, by `id`, the latest last.
-    passing : frozenset of int
+    sources : dict of Note to _Source
+        What it is a function of, the latest last.
+    passing : frozenset of Note
         Those of them to which its relevance goes as it is.
-    is_shifted : bool
-        Whether a number was added, or put in its place.
-    activation : _Source or None
-        That of which it is one activation, if relevance has to be sent there.
-    gives : int
-        What is known of it (`Born`).
+    is_shifted, is_summed : bool
+        Whether a number was added, or put in its place; whether anything was.
+    axis : int or None
+        Axis along which functions stand side by side, counted from the last.
+    is_softmax : bool
+        Whether there was a softmax of them.
+    activation : Note or None
+        Of what it is one activation of, if relevance has to be sent there.
+    gives : int or None
+        What is known of it (`Born`), if it is one activation.
     """
 
-    sources: dict[int, _Source]
-    passing: frozenset[int]
+    sources: dict[Note, _Source]
+    passing: frozenset[Note]
     is_shifted: bool
-    activation: _Source | None = None
-    gives: int = 0
+    is_summed: bool
+    axis: int | None = None
+    is_softmax: bool = False
+    activation: Note | None = None
+    gives: int | None = None
 
-    def find_activation(self) -> None:
-        """Find out whether it is one activation."""
-        for kind in (_is_symmetric, _begins_at_zero):
+    @property
+    def is_copied(self) -> bool:
+        """Whether a layer's output is between it and what it is one activation of."""
+        return self.activation is not None and self.sources[self.activation].is_copied
+
+    def of_numbers(self) -> int | None:
+        """What is known of it (`Born`), if it is bounded, or a power; 0 if neither; None if not known of what."""
+        below = [source.curve.values for key, source in self.sources.items() if not key.flags & Born.GATING]
+        return max(map(_born_of, below), default=None)
+
+    def find_activation(self, sends: bool = True) -> None:
+        """Find out whether it is one activation, to which relevance is sent, if the call ``sends`` it."""
+        for kind in [_is_curved] if self.is_softmax else _ACTIVATIONS:
             for key, source in reversed(self.sources.items()):
-                if (gives := source.curve.gives(kind)) >= 0:
-                    self.gives = gives
-                    if self.is_shifted and key not in self.passing and source.is_there:
-                        self.activation, self.passing = source, frozenset((key,))
-                        keys = list(self.sources)  # (to later ones nothing flows)
-                        self.sources = {other: self.sources[other] for other in keys[: keys.index(key) + 1]}
+                if (gives := source.curve.gives(kind)) < 0:
+                    continue
+                self.gives = gives if self.gives is None else self.gives
+                is_sent = self.is_shifted or (self.is_summed and not source.is_copied)
+                if not (sends and is_sent) or key in self.passing:
+                    return
+                if key.now() is not None:  # (or else it may be one of what is below, too)
+                    self.activation, self.passing = key, frozenset((key,))
+                    keys = list(self.sources)  # (to later ones nothing flows)
+                    self.sources = {other: self.sources[other] for other in keys[: keys.index(key) + 1]}
                     return
 
 
 def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
     """What is remembered of a call, if it is such a function, or one ``begins`` there; None of others."""
-    if begins and not _may_begin(op):
-        return None
     name, known, x = op.known.canonical, op.known, op.inputs[0]
+    if x.is_complex() or (begins and not _may_begin(op)):
+        return None
     tensors = op.inputs if known.reads_first else list(tensors_in((op.args, op.kwargs)))
-    parts = {id(tensor): note.parts for tensor in tensors if (note := notes.of(tensor)) is not None}
-    made = {number: one for number, one in parts.items() if isinstance(one, _Entrywise)}
-    if known.has("copies"):
+    noted = {id(tensor): note for tensor in tensors if (note := notes.of(tensor)) is not None}
+    made = {number: note.parts for number, note in noted.items() if isinstance(note.parts, _Entrywise)}
+    axis = made[id(x)].axis if id(x) in made else None
+    if axis is not None and (name in _ALONG or (known.has("copies") and name != "clone")):
+        return _along(op, made[id(x)], axis) if len(tensors) == 1 else None
+    if known.has("copies") and name not in _STACKING:
         is_moved = len(made) == len(tensors) == 1 and name not in _SEVERAL and op.args[:1] and not op.overwrites
         return _moved(op, made[id(x)]) if is_moved else None
-    if not (known.has("elementwise") or name in _CONDITIONS) or "dropout" in known.name or "out" in op.kwargs:
+    new_axis = _new_axis(op, tensors) if name in _STACKING else axis
+    if new_axis == 0 or not (known.has("elementwise") or name in _CONDITIONS | _STACKING):
         return None
-    read, numbers = dict[int, dict[int, _Source]](), dict[int, Tensor]()
+    if "dropout" in known.name or "out" in op.kwargs:
+        return None
+    read, numbers = dict[Note, dict[Note, _Source]](), dict[int, Tensor]()
     for tensor in tensors:
-        if tensor.shape == x.shape and (id(tensor) in made or op.depends(tensor)):
-            found = partial(_itself, tensor) if name in BEGINNING - _HELD else weakref.ref(tensor)
-            below = made[id(tensor)].sources if id(tensor) in made else {}
-            read[id(tensor)] = {key: source for key, source in below.items() if source.is_there}
-            if tensor.requires_grad:
-                read[id(tensor)][id(tensor)] = _Source(found, tensor._version, _IDENTITY)
-        elif not op.depends(tensor) and _broadcasts(tensor, x, name in _SELECTING) and _is_one_number(tensor):
+        if tensor.shape == x.shape and id(tensor) in noted and (id(tensor) in made or tensor.requires_grad):
+            holder = tensor if name in BEGINNING - _HELD else None
+            read[noted[id(tensor)]] = _sources(noted[id(tensor)], tensor.requires_grad and axis is None, holder)
+        elif (
+            not op.depends(tensor) and _broadcasts(tensor, x, name in _SELECTING | _STACKING) and _is_one_number(tensor)
+        ):
             numbers[id(tensor)] = tensor.detach().flatten()[0].cpu()
         else:
             return None
-    sources = dict[int, _Source]()
-    for key in [key for key in read[id(x)] if all(key in others for others in read.values())][-_MOST:]:
-        of_source = {number: others[key] for number, others in read.items()}
-        curve = _curve(op, {number: source.curve for number, source in of_source.items()}, numbers)
-        is_copied = any(source.is_copied for source in of_source.values())
-        sources[key] = of_source[id(x)]._replace(curve=curve, is_copied=is_copied)
-    passing = frozenset(read).union(*(one.passing for one in made.values()))
-    is_shift = name in _SUMS or (known.has("constant") and _puts_a_number(op, numbers))
+    call = op.function, *changed((tuple(op.args), op.kwargs), lambda one: numbers.get(id(one), noted.get(id(one))))
+    sources = _common(call, read)
+    is_sum, n_inputs = name in _SUMS, sum(tensor.requires_grad for tensor in tensors)
+    # (a number behind a gate is part of it, and so is what hands on as it is in a sum, unless it is 0)
+    is_shift = n_inputs == 1 and not known.has("identity") if is_sum else _puts_a_number(op, numbers)
     # (what a number is added to may be 0, and then hand nothing on)
-    passing = passing if len(read) == 1 and not is_shift else frozenset()
-    result = _Entrywise(sources, passing, is_shift or any(one.is_shifted for one in made.values()))
-    if name not in (_HELD | _SUMS if begins else _CONDITIONS):
+    is_passing = len(read) == 1 and not (is_shift or is_sum)
+    passing = {noted[id(x)]}.union(*(one.passing for one in made.values())) if is_passing else ()
+    is_shifted = is_shift or any(one.is_shifted for one in made.values())
+    is_summed = is_sum or any(one.is_summed for one in made.values())
+    is_softmax = any(one.is_softmax for one in made.values())
+    result = _Entrywise(sources, frozenset(passing), is_shifted, is_summed, new_axis, is_softmax)
+    is_alone = begins and name in _HELD | _SUMS and len(read) == len(sources) == 1
+    if new_axis is None and name not in _CONDITIONS and not is_alone:
         result.find_activation()
     return result if sources else None
+
+
+def _sources(note: Note, is_own: bool = True, held: Tensor | None = None) -> dict[Note, _Source]:
+    """What a tensor is a function of, entry by entry; at last itself, if ``is_own``."""
+    below = dict[Note, _Source]()
+    if isinstance(note.parts, _Entrywise):
+        below = note.parts.sources
+    elif note.call is not None and next(tensors_in(note.call), None) is None:
+        read = list[Note]()
+        changed(note.call, read.append, Note)
+        below = _common(note.call, {one: _sources(one) for one in read})
+    tensor = note.tensor()
+    is_complex = tensor is not None and tensor.is_complex()
+    return {**below, note: _Source(held=held)} if is_own and not is_complex else below
+
+
+def _common(call: Any, read: Mapping[Note, Mapping[Note, _Source]]) -> dict[Note, _Source]:
+    """What a call makes of functions, of tensors that all that it reads is made of."""
+    first, *others = read.values()
+    found, is_copy = dict[Note, _Source](), "memory_format" in call[2]
+    for key in [key for key in first if all(key in other for other in others)][-_MOST:]:
+        of_source = {note: one[key] for note, one in read.items()}
+        curve = _curve(call, {note: source.curve for note, source in of_source.items()})
+        is_copied = is_copy or any(source.is_copied for source in of_source.values())
+        found[key] = first[key]._replace(curve=curve, is_copied=is_copied)
+    return found
+
+
+def _new_axis(op: Operation, tensors: Sequence[Tensor]) -> int | None:
+    """Axis along which tensors of one shape are put side by side, counted from the last; 0 if they are not."""
+    axis, dims = op.kwargs.get("dim", op.args[1] if len(op.args) > 1 else 0), tensors[0].dim()
+    if len(tensors) < 2 or not isinstance(axis, int) or any(tensor.shape != tensors[0].shape for tensor in tensors):
+        return 0
+    if op.known.canonical == "stack":
+        return axis % (dims + 1) - dims - 1
+    return axis % dims - dims if tensors[0].shape[axis] == 1 else 0
+
+
+def _along(op: Operation, made: _Entrywise, axis: int) -> _Entrywise | None:
+    """What is remembered of functions side by side that are mixed along their axis, or of one that is taken."""
+    name, x = op.known.canonical, op.inputs[0]
+    place, shape, dims = x.dim() + axis, x.shape, x.dim()
+    if op.known.has("copies"):
+        numbers = torch.arange(shape[axis], device="cpu").reshape(-1, *[1] * (-1 - axis)).expand(shape)
+        taken = op.function(numbers, *op.args[1:], **op.kwargs) if shape.numel() else numbers
+        dims = taken.dim()
+        one = shape[:place] + (1,) * (dims + 1 - x.dim()) + shape[place + 1 :]
+        if taken.shape != one or taken.amin() != taken.amax():
+            return None
+        take = partial(torch.select, dim=1, index=int(taken.amin()))
+    else:
+        dim = op.kwargs.get("dim", op.args[1] if len(op.args) > 1 else None)
+        if dim not in (place, axis, (place,), (axis,), [place], [axis]):
+            return None
+        take = partial(getattr(torch, {"max": "amax", "min": "amin"}.get(name, name)), dim=1)
+        dims -= not op.kwargs.get("keepdim", op.args[2] if len(op.args) > 2 else False)
+    is_softmax, stays = made.is_softmax or "softmax" in name or name == "logsumexp", "softmax" in name
+    result = _Entrywise({}, frozenset(), made.is_shifted or is_softmax, True, axis if stays else None, is_softmax)
+    for key, source in made.sources.items():
+        source, tensor = source._replace(curve=_Curve(take(source.curve.values), source.curve.is_settled)), key.now()
+        if tensor is not None and result.axis is None and tensor.dim() != dims:
+            tensor = tensor.select(place, 0) if dims < x.dim() else tensor.unsqueeze(place)
+            key, source = Note(tensor, key.flags), source._replace(held=tensor)
+        result.sources[key] = source
+    if result.axis is None:
+        result.find_activation(sends=name not in ("max", "min"))  # (these have two results)
+    return result
+
+
+def _is_of_several(note: Note | None) -> bool:
+    """Whether a tensor is remembered as functions side by side."""
+    return note is not None and isinstance(note.parts, _Entrywise) and note.parts.axis is not None
+
+
+def _known(op: Operation, notes: Notes, parts: object, passed: int) -> int:
+    """What is known of an operation's result that may be one function of a tensor, entry by entry."""
+    is_joined = len(op.inputs) > 1 and _is_written_out(op, map(notes.born, op.inputs))
+    is_quotient = bool(op.flags & Born.GATING and passed & Born.SQUASHED and not op.flags & Born.SQUASHED)
+    is_bounded = op.known.canonical in _OF_EXPONENTIALS and (is_quotient or bool(op.known.gives & Born.EXPONENTIAL))
+    made = parts if isinstance(parts, _Entrywise) else None
+    if made is None and (is_joined or is_bounded):
+        made = _entrywise(op, notes, begins=False)
+    if made is None:
+        return passed | (Born.ACTIVATION if is_joined else 0)
+    if is_bounded and (born := made.of_numbers()) is not None:
+        passed = passed & ~(_OF_NUMBERS if born else Born.SQUASHED) | born
+    if made.is_softmax and made.axis is None:
+        passed &= ~(Born.SOFTMAX | Born.LOGARITHM)
+    return passed | (made.gives or 0) | (Born.ACTIVATION if is_joined and made.gives != 0 else 0)
+
+
+def _is_written_out(op: Operation, born: Iterable[int]) -> bool:
+    """Whether several operands that are made of one tensor make an activation of it, as ``x * sigmoid(x)`` is one."""
+    marks = Born.ACTIVATION | (Born.DIVISOR if op.known.canonical == "mul" else 0)
+    return op.known.has("quotient", "choosing", "selection") or any(one & marks for one in born)
 
 
 def _of_mask(op: Operation, notes: Notes, result: object) -> _Entrywise | None:
@@ -180,94 +272,35 @@ def _broadcasts(tensor: Tensor, x: Tensor, is_choosing: bool) -> bool:
 
 def _puts_a_number(op: Operation, numbers: Mapping[int, Tensor]) -> bool:
     """Whether a function that chooses may put a number in the place of an entry: not 0, and finite."""
-    values: list[Any] = [value for value in (*op.args, *op.kwargs.values()) if isinstance(value, int | float)]
+    if not op.known.has("constant"):
+        return False
+    given = () if op.known.canonical in _STACKING else (*op.args, *op.kwargs.values())
+    values: list[Any] = [value for value in given if isinstance(value, int | float)]
     constants = (tensor for tensor in tensors_in((op.args, op.kwargs)) if not op.depends(tensor))
     values += [numbers.get(id(tensor), 1) for tensor in constants if tensor.is_floating_point()]
     return any(value != 0 and math.isfinite(value) for value in values)
 
 
 def _may_begin(op: Operation) -> bool:
-    """Whether such a function may begin with a call of real numbers: where it cuts off, as far below zero as above."""
+    """Whether such a function may begin with a call: where it cuts off, as far below zero as above."""
     lowest, highest = _bounds(op) if op.known.canonical in _CUTTING else (0, 0)
-    return not op.inputs[0].is_complex() and -math.inf < lowest == -highest
+    return -math.inf < lowest == -highest
 
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _curve(op: Operation, curves: Mapping[int, _Curve], numbers: Mapping[int, Tensor]) -> _Curve:
-    """What a call makes of functions, by `id` of the tensors that it reads, and of numbers in others."""
-    known = {**numbers, **{number: curve.values for number, curve in curves.items()}}
-    if numbers or not all(curve.is_settled for curve in curves.values()):
-        return _Curve(_values(op, known), is_settled=False)
-    args, kwargs = changed((tuple(op.args), op.kwargs), lambda tensor: curves[id(tensor)])
-    key = op.function, args, tuple(kwargs.items())
-    try:
-        found = _curves.get(key)
-    except TypeError:  # (a list is among its arguments)
-        return _Curve(_values(op, known))
-    if found is None:
-        if len(_curves) >= _MOST_CURVES:
-            _curves.clear()
-        found = _curves[key] = _Curve(_values(op, known))
-    return found
-
-
-def _values(op: Operation, known: Mapping[int, Tensor]) -> Tensor:
-    """What a call makes of other tensors in place of those that it reads."""
-    kwargs = {key: value for key, value in op.kwargs.items() if key != "inplace"}
-    function = _on_a_copy(op.function) if op.overwrites and not op.kwargs.get("inplace") else op.function
-    with torch.no_grad():  # (a function that works in place may be told so by position)
-        args, kwargs = changed((tuple(op.args), kwargs), lambda tensor: known[id(tensor)].clone())
-        if op.overwrites and args:  # (what it writes into may be a number)
-            args = args[0].expand_as(_POINTS).clone(), *args[1:]
-        return cast(Tensor, function(*args, **kwargs))
-
-
 def _moved(op: Operation, made: _Entrywise) -> _Entrywise:
     """The same where a function has moved or copied entries."""
-    sources, passing = dict[int, _Source](), list[int]()
+    result = _Entrywise({}, frozenset(), made.is_shifted, made.is_summed, made.axis, made.is_softmax)
     for key, source in made.sources.items():
-        tensor = source.tensor()
+        tensor, new = key.now(), key
         if op.known.canonical == "clone":
-            sources[key] = source._replace(is_copied=True)
-        elif tensor is not None and source.is_there:
-            tensor = _run_on(op, tensor)
-            key = id(tensor)
-            sources[key] = source._replace(tensor=partial(_itself, tensor), version=tensor._version)
-        passing += [key] if key in made.passing else []
-    return _Entrywise(sources, frozenset(passing), made.is_shifted)
-
-
-def _is_symmetric(values: Tensor) -> Tensor:
-    """Whether a function is symmetric about zero, and not linear; what is added is a gate's, and changes no sign."""
-    below, middle, above = _rises(values)
-    keeps_signs = (middle == 0).all() | (values >= 0).all() | (values <= 0).all()
-    rounding, line = 1e-6 * (above.abs() + below.abs() + middle.abs()), above[-1] / _AMOUNTS[-1] * _AMOUNTS
-    return keeps_signs & ((above - below).abs() <= rounding).all() & ((above - line).abs() > rounding).any()
-
-
-def _begins_at_zero(values: Tensor) -> Tensor:
-    """Whether a function is zero at zero, and not all around it, nor linear."""
-    below, middle, above = _rises(values)
-    next_to_it = torch.maximum(below[0].nan_to_num().abs(), above[0].nan_to_num().abs())
-    is_line = (values - above[-1] / _AMOUNTS[-1] * _POINTS).abs() <= 1e-6 * values.abs()
-    return (middle[0].abs() <= 1e-6 * next_to_it) & (next_to_it > 0) & ~is_line.all()
-
-
-def _rises(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How far a function rises up to zero, what it is there, and how far it rises from there, by the distance."""
-    below, middle, above = values.split_with_sizes([len(_AMOUNTS), 1, len(_AMOUNTS)])
-    return middle - below.flip(0), middle, above - middle
-
-
-def _given(values: Tensor) -> int:
-    """What is known of results of an activation, if they are bounded; nothing of an even one, such as ``-|x|``."""
-    below, _, above = _rises(values)
-    if holds(lambda: ((above + below).abs() <= 1e-6 * above.abs()).all()):
-        return 0
-    if not holds(lambda: (values[[0, -1]] == values[[1, -2]]).all() & (abs(values) <= 1).all() & _is_symmetric(values)):
-        return Born.ACTIVATION
-    is_positive = holds(lambda: (values >= 0).all())
-    return Born.ACTIVATION | Born.GATING | (Born.SQUASHED if is_positive else Born.BALANCED)
+            source = source._replace(is_copied=source.is_copied or "memory_format" in op.kwargs)
+        elif tensor is not None:
+            held = _run_on(op, tensor)
+            new, source = key if held is tensor else Note(held, key.flags), source._replace(held=held)
+        result.sources[new] = source
+        result.passing |= {new} if key in made.passing else set()
+    return result

@@ -93,10 +93,9 @@ class Gate(_Shared):
         if self.attachment is None or layer.inputs[0] is layer.inputs[1]:
             return None
         note = None if self._gate(layer) is not None else self.attachment.notes.common(layer.inputs)
-        source = None if note is None else note.tensor()
-        if note is None or source is None or source._version != note.version or source.is_complex():
-            return None
-        return source if source.shape == layer.output.shape else None
+        source = None if note is None else note.now()
+        is_plain = source is not None and not source.is_complex() and source.shape == layer.output.shape
+        return source if is_plain else None
 
     def treats(self, known: Function, kind: str, alone: bool) -> bool:
         """Products of two factors that a module without parts calls."""

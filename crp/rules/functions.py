@@ -105,6 +105,8 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("", "homogeneous rescaled elementwise nonnegative", "abs"),
     ("", "step rescaled elementwise", "ceil floor round sign trunc"),
     ("", "step elementwise", "bernoulli floor_divide floordiv heaviside rfloordiv sgn"),
+    ("", "step elementwise", "and bitwise_and bitwise_not bitwise_or bool byte int invert logical_and logical_not"),
+    ("", "step elementwise", "logical_or long or short"),
     ("activation", "", "glu"),
     ("", "", "prod"),
     # --- normalizations and statistics ---

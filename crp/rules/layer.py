@@ -362,14 +362,14 @@ def modified(weight: Tensor, modifier: Modifier) -> Tensor:
 # --- tensors in what functions are called with ----------------------------------------------------------------------
 
 
-def changed(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Tuples, lists and dicts, nested in any way, with every tensor changed."""
-    if isinstance(value, Tensor):
+def changed(value: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """Tuples, lists and dicts, nested in any way, with every tensor changed, or all of another kind."""
+    if isinstance(value, kind):
         return change(value)
     if hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*(changed(item, change) for item in value))
+        return type(value)(*(changed(item, change, kind) for item in value))
     if isinstance(value, list | tuple):
-        return type(value)(changed(item, change) for item in value)
+        return type(value)(changed(item, change, kind) for item in value)
     if isinstance(value, dict):
-        return {key: changed(item, change) for key, item in value.items()}
+        return {key: changed(item, change, kind) for key, item in value.items()}
     return value

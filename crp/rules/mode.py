@@ -8,30 +8,39 @@ threads) makes tensors without a note, and the next operation that reads one is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.entrywise import BEGINNING, _Entrywise, _entrywise, _itself, _of_mask
+from crp.rules.entrywise import (
+    _OF_EXPONENTIALS,
+    BEGINNING,
+    _Entrywise,
+    _entrywise,
+    _is_of_several,
+    _itself,
+    _known,
+    _of_mask,
+)
 from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
-from crp.rules.layer import Layer, _in_words
+from crp.rules.layer import Layer, _in_words, changed
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _in_parts, _steps
-from crp.rules.operation import RESULTS, Operation
+from crp.rules.operation import RESULTS, Operation, _fills
 from crp.rules.packed import _has_derivative
-from crp.rules.passing import _copied, _passed
+from crp.rules.passing import _RANKING, _SEVERAL, _copied, _passed
 from crp.rules.recurrent import RECURRENT
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
+from crp.rules.written_out import _cosine
 from crp.trace.recorder import tensors_in
 
 # In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
@@ -125,6 +134,8 @@ class SeeingMode(TorchFunctionMode):
             if self.notes.has_parts and args and self._is_mask_of_data(args[0]):
                 of_mask = _of_mask(Operation(func, args, kwargs, known, [args[0]], 0), self.notes, result)
                 self.notes.remember(result, of_mask)
+            if self.notes.has_choices and any(map(self.notes.is_chosen, tensors_in((args, kwargs)))):
+                self.notes.add_choice(result)
             return result
         if known.canonical in _DERIVATIVES:
             self._refuse_derivative(known)
@@ -135,8 +146,9 @@ class SeeingMode(TorchFunctionMode):
         if known.canonical == "einsum" and len(inputs) == 2 and (steps := _steps(*args)) is not None:
             with self:
                 return steps()
-        if known.name == "setitem" and _is_mask(args[1]) and _is_number(args[2]):
-            mask = args[1].reshape(*args[1].shape, *[1] * (args[0].dim() - args[1].dim()))
+        if known.name == "setitem" and _fills(*args):
+            n_missing = args[0].dim() - args[1].dim()
+            mask = args[1].reshape(*args[1].shape, *[1] * n_missing) if n_missing else args[1]
             self.__torch_function__(Tensor.masked_fill_, types, (args[0], mask, args[2]))
             return None
         is_sum = known.name in _SUMMING
@@ -169,6 +181,8 @@ class SeeingMode(TorchFunctionMode):
             self.notes.add_written(target, self.notes.flags(result))
             self.notes.add_copy(written, result)
             return written
+        if op.known.canonical in _SEVERAL and self.notes.has_parts and _is_of_several(self.notes.of(op.inputs[0])):
+            return tuple(map(self._see, op.results()))
         is_first, is_affine = bool(op.flags & FIRST), op.operands is not None
         copied = _copied(op, self.notes) if is_first else None
         choice = self.choose(op.known, op.kind, is_first, not is_affine and len(op.inputs) > 1, op.operands)
@@ -179,14 +193,14 @@ class SeeingMode(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         # (operands may be overwritten, and then nothing is known)
-        passed = _passed(op, self.notes)
-        parts = self._parts(op) if self.notes.has_parts or op.known.canonical in BEGINNING else None
-        if isinstance(parts, _Entrywise):
-            passed |= parts.gives
-            choice = choice if parts.activation is None else self._of_activation(choice, op)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
-        if below is not None and len(op.inputs) > 1 and _is_written_out(op, map(self.notes.born, op.inputs)):
-            passed |= Born.ACTIVATION
+        parts = self._parts(op, below) if self.notes.has_parts or op.known.canonical in BEGINNING else None
+        if isinstance(parts, _Entrywise):
+            choice = choice if parts.activation is None else self._of_activation(choice, op)
+        is_made = below is not None and (len(op.inputs) > 1 or op.known.canonical in _OF_EXPONENTIALS)
+        passed = _passed(op, self.notes)
+        if is_made or isinstance(parts, _Entrywise):
+            passed = _known(op, self.notes, parts, passed)
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
             if not op.known.known:
@@ -197,7 +211,8 @@ class SeeingMode(TorchFunctionMode):
             result, layer = self._by_rule(choice, op, parts)
             passed, parts = passed | layer.gives, layer.parts
         is_quotient = isinstance(parts, _OfExponentials) and parts.is_quotient
-        if (is_quotient or op.known.canonical == "softmax") and isinstance(result, Tensor):
+        is_softmax = is_quotient or (op.known.canonical == "softmax" and not isinstance(parts, _Entrywise))
+        if is_softmax and isinstance(result, Tensor):
             parts = _softmax(result)
         elif op.known.canonical == "clone" and isinstance(parts, _OfExponentials):
             is_counted = getattr(self.attachment, "account", None) is not None  # (of a softmax as a whole)
@@ -205,10 +220,11 @@ class SeeingMode(TorchFunctionMode):
         self._note(op, result, passed, copied, parts, below)
         return result
 
-    def _parts(self, op: Operation) -> Any:
+    def _parts(self, op: Operation, below: Note | None) -> Any:
         """What is remembered of a call, by what is of its operands."""
         notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
-        begins = op.known.canonical in BEGINNING and len(op.inputs) == 1
+        is_whole = len(op.inputs) == 1 or op.known.canonical == "stack" or below is not None
+        begins = is_whole and op.known.canonical in BEGINNING
         is_masked = not notes and "elementwise" in op.known.properties and any(map(self._is_mask_of_data, op.args))
         if not (notes or begins or is_masked):
             return None
@@ -284,18 +300,29 @@ class SeeingMode(TorchFunctionMode):
         if op.kind == "product":  # (several factors depend on the input: it is not affine)
             flags |= op.flags & FIRST
         target = op.args[0] if op.args and op.overwrites else op.kwargs.get("out")
-        written = target if isinstance(target, Tensor) and target.requires_grad else None
+        written, call = target if isinstance(target, Tensor) and target.requires_grad else None, None
+        if below is not None and (op.known.canonical == "clone" or not op.known.properties >= {"selects", "linear"}):
+            if len(op.inputs) == 1 and op.args and op.args[0] is op.inputs[0] and Tensor not in map(type, op.args[1:]):
+                call = op.function, (below, *op.args[1:]), op.kwargs
+            elif len(op.inputs) > 1:
+                args, kwargs = changed((op.args, op.kwargs), lambda one: self.notes.of(one) or one)
+                call = op.function, args, kwargs
         if written is not None:
-            self.notes.add_written(written, flags, copied if isinstance(copied, Copied) else None, below)
+            self.notes.add_written(written, flags, copied if isinstance(copied, Copied) else None, below, call)
         if isinstance(copied, list):
             for item, way in zip(result, copied, strict=False):
                 self.notes.add(item, flags, way)
         elif result is not written:
-            self.notes.add(result, flags, copied, below)
+            self.notes.add(result, flags, copied, below, call)
         if parts is not None:
             several = isinstance(parts, _OfExponentials) and isinstance(result, tuple | list)
-            for number, item in enumerate(result if several else [written if result is None else result]):
+            is_largest = isinstance(parts, _Entrywise) and isinstance(result, tuple)  # (its index comes second)
+            one = result[0] if is_largest else written if result is None else result
+            for number, item in enumerate(result if several else [one]):
                 self.notes.remember(item, parts.one(number) if several else parts)
+        is_constant = isinstance(result, Tensor) and not result.requires_grad
+        if op.known.canonical in _RANKING or (is_constant and any(map(self.notes.is_chosen, op.inputs))):
+            self.notes.add_choice(result)
         if op.known.canonical == "mul" and not op.overwrites:
             self.products.add(result, (*op.args, *op.kwargs.values()))
 
@@ -359,31 +386,6 @@ _WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
     **{name: lambda add, *args, steps=steps, **keywords: steps(*args, **keywords) for name, steps in RECURRENT.items()},
 }
-
-
-def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
-    shape, dim = torch.broadcast_shapes(left.shape, right.shape), keywords["dim"]  # type: ignore[no-untyped-call]
-
-    def direction(tensor: Tensor) -> Tensor:
-        sizes = [1] * (len(shape) - tensor.dim()) + [-1] * tensor.dim()  # (as it is along all other axes)
-        sizes[dim] = shape[dim]
-        return F.normalize(tensor.expand(sizes), **keywords)
-
-    return (direction(left) * direction(right)).sum(dim)
-
-
-def _is_written_out(op: Operation, born: Iterable[int]) -> bool:
-    """Whether several operands that are made of one tensor make an activation of it, as ``x * sigmoid(x)`` is one."""
-    marks = Born.ACTIVATION | (Born.DIVISOR if op.known.canonical == "mul" else 0)
-    return op.known.has("quotient", "choosing", "selection") or any(one & marks for one in born)
-
-
-def _is_mask(index: object) -> bool:
-    return isinstance(index, Tensor) and index.dtype == torch.bool
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
 
 
 def innermost_module(names: Mapping[int, str]) -> str:

@@ -33,7 +33,7 @@ class Born:
     LOGARITHM = 256  # that of a sum of exponentials, or something less one: its exponential may be a softmax
     GATING = 512  # of a sigmoid, a tanh or an exponential: a number that is added is part of it, as in a gate
     EXPONENTIAL = 1024  # as the weights of attention are before they are divided by their sum
-    CHOSEN = 2048  # of which an index has chosen some entries, as of the logits of experts
+    CHOSEN = 2048  # of which an index has chosen some entries, as of the logits of experts; or that says which
 
 
 BORN: int = sum(flag for name, flag in vars(Born).items() if name.isupper())
@@ -60,16 +60,29 @@ class Note:
         What a rule remembers of the call that made it (`crp.rules.deeplift`).
     below : Note or None
         Of the tensor that it was made of entry by entry.
+    call : tuple or None
+        What made it of that tensor: function, arguments and keywords, with notes in place of tensors.
     """
 
-    __slots__ = ("below", "copied", "flags", "parts", "tensor", "version")
+    __slots__ = ("below", "call", "copied", "flags", "parts", "tensor", "version")
 
     def __init__(
-        self, tensor: Tensor, flags: int, copied: Copied | None = None, parts: Any = None, below: Note | None = None
+        self,
+        tensor: Tensor,
+        flags: int,
+        copied: Copied | None = None,
+        parts: Any = None,
+        below: Note | None = None,
+        call: Any = None,
     ) -> None:
         self.tensor = weakref.ref(tensor)
         self.version = tensor._version
-        self.flags, self.copied, self.parts, self.below = flags, copied, parts, below
+        self.flags, self.copied, self.parts, self.below, self.call = flags, copied, parts, below, call
+
+    def now(self) -> Tensor | None:
+        """The tensor, as long as it is there and has its values."""
+        tensor = self.tensor()
+        return tensor if tensor is not None and tensor._version == self.version else None
 
 
 class Copied:
@@ -107,8 +120,9 @@ class Notes:
     ----------
     tolerant : int
         Number of running modules in which tensors may be made unseen.
-    has_parts, has_logarithms : bool
-        Whether rules remember anything of a tensor, and whether any is a logarithm of a sum of exponentials.
+    has_parts, has_logarithms, has_choices : bool
+        Whether rules remember anything of a tensor, whether any is a logarithm of a sum of exponentials, and whether
+        any is constant, but says what was chosen.
     """
 
     def __init__(self) -> None:
@@ -116,37 +130,41 @@ class Notes:
         #: Last seen change in place, by base, which may be gone: itself, its version, flags.
         self._writes: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
         self._inputs: list[Any] = []  # nodes and leaves of the model's inputs in autograd's graph
-        self.tolerant, self.has_parts, self.has_logarithms = 0, False, False
+        self.tolerant, self.has_parts, self.has_logarithms, self.has_choices = 0, False, False, False
 
     def enter(self, tensor: Tensor, leaf: Tensor | None) -> None:
         """Note an input of the model; ``leaf`` is what takes relevance that needs no value, if anything does."""
         self._notes[id(tensor)] = Note(tensor, FIRST, None if leaf is None else Copied(leaf))
         self._inputs.append(tensor if tensor.grad_fn is None else tensor.grad_fn)
 
-    def add(self, value: Any, flags: int, copied: Copied | None = None, below: Note | None = None) -> None:
+    def add(
+        self, value: Any, flags: int, copied: Copied | None = None, below: Note | None = None, call: Any = None
+    ) -> None:
         """Note what an operation made: a tensor, or several."""
         if isinstance(value, Tensor):
             if value.requires_grad:
-                self._notes[id(value)] = Note(value, flags, copied, None, below)
+                self._notes[id(value)] = Note(value, flags, copied, None, below, call)
         elif isinstance(value, tuple | list):
             for item in value:
                 self.add(item, flags)
 
-    def add_written(self, target: Tensor, flags: int, copied: Copied | None = None, below: Note | None = None) -> None:
+    def add_written(
+        self, target: Tensor, flags: int, copied: Copied | None = None, below: Note | None = None, call: Any = None
+    ) -> None:
         """Note that an operation has changed a tensor in place; its views and its base change with it."""
         base = target if target._base is None else target._base
         if base is not target:  # a part of it
             note = self._notes.get(id(base))
             whole = note.flags & flags if note is not None and note.tensor() is base else flags & ~NONNEGATIVE
             self._notes[id(base)] = Note(base, whole)
-        self._notes[id(target)] = Note(target, flags, copied, None, below)
+        self._notes[id(target)] = Note(target, flags, copied, None, below, call)
         self._writes[id(base)] = (weakref.ref(base), target._version, flags)
 
     def add_copy(self, copy: Tensor, original: Tensor) -> None:
         """Note that a tensor is a copy of another one."""
         note = self.of(original)
         if note is not None:
-            self._notes[id(copy)] = Note(copy, note.flags, note.copied, note.parts, note.below)
+            self._notes[id(copy)] = Note(copy, note.flags, note.copied, note.parts, note.below, note.call)
 
     def remember(self, tensor: Tensor, parts: Any) -> None:
         """Keep what a rule remembers of the call that made a tensor."""
@@ -155,6 +173,17 @@ class Notes:
             note = self._notes[id(tensor)] = Note(tensor, 0)
         if note is not None:
             note.parts = parts
+
+    def add_choice(self, value: Any) -> None:
+        """Note constants that say what was chosen by the data, such as an index, or a mask made of one."""
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, Tensor) and not item.requires_grad:
+                note = self._notes[id(item)] = self.of(item) or Note(item, 0)
+                note.flags, self.has_choices = note.flags | Born.CHOSEN, True
+
+    def is_chosen(self, tensor: Tensor) -> bool:
+        """Whether some entries of a tensor were chosen, or it says which."""
+        return bool(self.flags(tensor) & (Born.ROUTED | Born.CHOSEN))
 
     def __bool__(self) -> bool:
         return bool(self._notes)
@@ -297,7 +326,7 @@ class Notes:
         self._notes.clear()
         self._writes.clear()
         self._inputs.clear()
-        self.tolerant, self.has_parts, self.has_logarithms = 0, False, False
+        self.tolerant, self.has_parts, self.has_logarithms, self.has_choices = 0, False, False, False
 
 
 def _is_own(node: Any) -> bool:

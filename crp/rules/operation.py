@@ -19,7 +19,7 @@ from crp.rules.operands import NOTHING_SUMMED, Operands, _is_parameter
 from crp.rules.spellings import in_place
 from crp.trace.recorder import tensors_in
 
-_add, _sum, _largest = look_up(torch.add), look_up(torch.sum), look_up(torch.amax)
+_add, _sum, _largest, _select = look_up(torch.add), look_up(torch.sum), look_up(torch.amax), look_up(torch.select)
 _scaling = replace(
     look_up(torch.einsum), kind="", properties=frozenset({"homogeneous", "linear"}), parse=None, keeps=FIRST | BORN
 )
@@ -177,8 +177,8 @@ class Operation:
         return other, target
 
     def results(self) -> list[Operation]:
-        """The call, of a function of `RESULTS`, as one for each of these results."""
-        kinds = enumerate(RESULTS[self.known.canonical])
+        """The call, of a function of several results, as one for each of these."""
+        kinds = enumerate(RESULTS.get(self.known.canonical) or [_select] * len(self.run()))
         return [replace(self, function=partial(_result, self.function, i), known=known) for i, known in kinds]
 
     def constant(self) -> Tensor:
@@ -197,6 +197,12 @@ class Operation:
 def _result(function: Callable[..., Any], number: int, *args: Any, **kwargs: Any) -> Any:
     """One of the results of a function of several."""
     return function(*args, **kwargs)[number]
+
+
+def _fills(target: object, index: object, value: object) -> bool:
+    """Whether a number is put where a mask says, as by `masked_fill`."""
+    is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+    return is_number and isinstance(index, Tensor) and index.dtype == torch.bool
 
 
 def _is_one_number(tensor: Tensor) -> bool:

@@ -20,7 +20,13 @@ from crp.rules.operation import Operation, _scaling
 from crp.trace.recorder import tensors_in
 
 #: Functions by which a router chooses experts.
-_CHOOSING = frozenset(("gather", "take_along_dim", "topk"))
+_CHOOSING = frozenset(("gather", "kthvalue", "take_along_dim", "topk"))
+#: Functions that give an index.
+_RANKING = frozenset("argmax argmin argsort kthvalue max min multinomial sort topk".split())  # noqa: SIM905
+#: Functions by which a mask chooses them.
+_MASKING = frozenset(("add", "masked_fill", "mul", "sub", "where"))
+#: What an index chooses from.
+_CHOSEN_FROM = Born.SOFTMAX | Born.ROUTED | Born.EXPONENTIAL
 #: What weights are that are chosen, or divided by their sum, as those of the experts of a mixture.
 _WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
 #: Functions that cut off what is below a number and above another, and these numbers by default.
@@ -43,11 +49,13 @@ def _passed(op: Operation, notes: Notes) -> int:
     kept = flags & known.keeps
     if name in _ELEMENTWISE:
         kept = _kept_by(op, kept, notes)
-    if flags & (Born.SOFTMAX | Born.ROUTED | Born.EXPONENTIAL) and (known.has("indexes") or _is_indexed(op)):
+    is_masked = notes.has_choices and name in _MASKING and _is_masked(op, notes)
+    is_indexed = flags & _CHOSEN_FROM and (known.has("indexes") or _is_indexed(op))
+    if is_indexed or (is_masked and flags & (Born.SOFTMAX | Born.ROUTED)):
         kept = kept & ~Born.SOFTMAX | Born.ROUTED
-    elif name in _CHOOSING:
+    elif name in _CHOOSING or is_masked:
         kept |= Born.ROUTED if flags & Born.SQUASHED else Born.CHOSEN
-    elif flags & Born.CHOSEN and known.gives & Born.SQUASHED:  # (the logits of experts come first, then a sigmoid)
+    elif flags & Born.CHOSEN and known.gives & (Born.SQUASHED | Born.SOFTMAX):  # (logits of experts that come first)
         kept |= Born.ROUTED
     elif flags & Born.SOFTMAX and op.operands is not None and _mixes_heads(op.operands):
         kept |= Born.SOFTMAX
@@ -73,6 +81,11 @@ def _is_indexed(op: Operation) -> bool:
     """Whether entries are chosen by an index of tensors, or put where it says, among constants."""
     is_chosen = op.known.canonical == "getitem" or (op.known.name == "setitem" and not op.depends(op.args[0]))
     return is_chosen and _has_tensor(op.args[1])
+
+
+def _is_masked(op: Operation, notes: Notes) -> bool:
+    """Whether a constant says what is chosen."""
+    return any(notes.flags(one) & Born.CHOSEN for one in tensors_in((op.args, op.kwargs)) if not one.requires_grad)
 
 
 def _is_constant(tensor: Tensor) -> bool:

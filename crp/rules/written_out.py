@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 #: Axes of a function that reduces; None for all.
 Axes: TypeAlias = int | Sequence[int] | None
@@ -56,6 +58,18 @@ def _distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim
 
 def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: object = None) -> Any:
     return _vector_norm(x1[..., :, None, :] - x2[..., None, :, :], p, -1)
+
+
+def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
+    """Cosine similarity: a sum of products of directions."""
+    shape, dim = torch.broadcast_shapes(left.shape, right.shape), keywords["dim"]  # type: ignore[no-untyped-call]
+
+    def direction(tensor: Tensor) -> Tensor:
+        sizes = [1] * (len(shape) - tensor.dim()) + [-1] * tensor.dim()  # (as it is along all other axes)
+        sizes[dim] = shape[dim]
+        return F.normalize(tensor.expand(sizes), **keywords)
+
+    return (direction(left) * direction(right)).sum(dim)
 
 
 #: By name of the function; they give NotImplemented for arguments for which they are not written.

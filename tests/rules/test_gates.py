@@ -107,6 +107,8 @@ DIVISORS = {
     "rsqrt": lambda s: s.rsqrt(),
     "power": lambda s: s**-0.5,
     "power of numpy": lambda s: s ** np.float32(-0.5),
+    "exponential": lambda s: torch.exp(-torch.log(s) / 2),
+    "one over an exponential": lambda s: 1 / torch.exp(torch.log(s) * 0.5),
 }
 #: Statistics that are divided by something, and are none of these.
 DIVIDED = {
@@ -154,6 +156,16 @@ ACTIVATIONS = {
         "sign": lambda z: z * (1 + z.sign()) / 2,
         "where": lambda z: torch.where(z > 0, z, ZERO),
         "masked": lambda z: z.masked_fill(z < 0, 0),
+        "step": lambda z: z * torch.heaviside(z, z.new_zeros(())),
+        "mask_of_integers": lambda z: z * (z > 0).int(),
+        "stack": lambda z: torch.stack([z, torch.zeros_like(z)]).amax(0),
+        "largest_of_a_stack": lambda z: torch.stack([torch.zeros_like(z), z], -1).max(-1).values,
+        "root": lambda z: (z + (z * z).sqrt()) / 2,
+    },
+    torch.abs: {
+        "maximum": lambda z: torch.maximum(z, -z),
+        "two_relus": lambda z: F.relu(z) + F.relu(-z),
+        "where": lambda z: torch.where(z > 0, z, -z),
     },
     F.leaky_relu: {
         "maximum": lambda z: torch.maximum(z, 0.01 * z),
@@ -307,6 +319,10 @@ def test_a_broadcast_gate_that_is_one_over_something_is_a_gate(gate, kind):
 #: Quotients as products.
 DIVIDING = {
     "number over": (lambda a, b: a * (1 / b), lambda a, b: a / b),
+    "exponential": (
+        lambda a, b: a / torch.exp(torch.log(b.square().mean(1, keepdim=True)) / 2),
+        lambda a, b: a / b.square().mean(1, keepdim=True).sqrt(),
+    ),
     "power": (lambda a, b: b**-1 * a, lambda a, b: a / b),
     "rsqrt": (lambda a, b: a * (b * b + 1).rsqrt(), lambda a, b: a / (b * b + 1).sqrt()),
     "repeated": (
@@ -354,6 +370,35 @@ def test_linear_attention_in_one_einsum(kind):
     assert_same_map(at_once, net(lambda q, kv, sums: (q @ kv) / sums), numbers(2, 5, 6), kind())
 
 
+class Logistic(nn.Module):
+    """A sigmoid that a model writes out."""
+
+    def forward(self, z):
+        return 1 / (1 + torch.exp(-z))
+
+
+#: What is made of exponentials, and what it is; beside a ReLU it is the gate if it is bounded.
+OF_EXPONENTIALS = {
+    "of_a_logarithm": (torch.sigmoid, lambda z: torch.exp(F.logsigmoid(z))),
+    "of_a_softplus": (torch.sigmoid, lambda z: torch.exp(-F.softplus(-z))),
+    "module": (torch.sigmoid, Logistic()),
+    "tanh": (torch.tanh, lambda z: (torch.exp(2 * z) - 1) / (torch.exp(2 * z) + 1)),
+    "tanh_by_expm1": (torch.tanh, lambda z: torch.expm1(2 * z) / (torch.expm1(2 * z) + 2)),
+    "bell": (lambda z: torch.exp(-(z**2)), lambda z: 1 / torch.exp(z * z)),
+    "not_bounded": (lambda z: torch.exp(-z), lambda z: 1 / torch.exp(z)),
+}
+
+
+@pytest.mark.parametrize("kind", [EpsilonPlus, CPLRP, RelP, AttnLRP])
+@pytest.mark.parametrize("name", OF_EXPONENTIALS)
+def test_gates_that_are_made_of_exponentials(name, kind):
+    def net(function):
+        layers = {"up": nn.Linear(6, 5), "gate": nn.Linear(6, 5), "down": nn.Linear(5, 3)}
+        return seeded(core_cases.Net(lambda s, x: s.down(F.relu(s.up(x)) * function(s.gate(x))), **layers))
+
+    assert_same_map(*map(net, OF_EXPONENTIALS[name]), numbers(3, 6, seed=3), kind())
+
+
 def test_a_tanh_by_a_sigmoid_is_a_gate():
     x, z, r = numbers(2, 5), numbers(2, 5, seed=1), numbers(2, 5, seed=2)
     (of_x, of_z), _ = explain(lambda x, z: x * (2 * torch.sigmoid(2 * z) - 1), (x, z), r, lrp("constant"))
@@ -364,8 +409,23 @@ def chosen(logits):
     return logits.gather(1, logits.topk(2, 1).indices)
 
 
-#: Weights of all experts, or of those that a router chose: sigmoids of logits that were chosen before.
+def mask_of(weights):
+    return torch.zeros_like(weights).scatter(1, weights.topk(2, 1).indices, 1.0)
+
+
+def masked(weights):
+    return weights * mask_of(weights)
+
+
+#: Weights of all experts of which a router chose some: sigmoids of logits that were chosen before, or chosen by masks.
 ROUTERS = {
+    "one_hot": lambda logits: logits.softmax(1) * F.one_hot(logits.softmax(1).argmax(1), 4),
+    "several_one_hot": lambda logits: logits.softmax(1) * F.one_hot(logits.topk(2, 1).indices, 4).sum(1).to(logits),
+    "mask": lambda logits: masked(logits.softmax(1)),
+    "mask_of_sigmoids": lambda logits: masked(logits.sigmoid()),
+    "divided": lambda logits: masked(logits.softmax(1)) / masked(logits.softmax(1)).sum(1, keepdim=True),
+    "filled": lambda logits: logits.softmax(1).masked_fill(mask_of(logits) == 0, 0.0),
+    "threshold": lambda logits: torch.where(logits >= logits.kthvalue(3, 1, True).values, logits.softmax(1), 0.0),
     "gathered": lambda logits: torch.zeros_like(logits).scatter(1, logits.topk(2, 1).indices, chosen(logits).sigmoid()),
     "top": lambda logits: torch.zeros_like(logits).scatter(1, logits.topk(2, 1)[1], logits.topk(2, 1)[0].sigmoid()),
     "masked": lambda logits: torch.full_like(logits, -torch.inf).scatter_(1, *logits.topk(2, 1)[::-1]).sigmoid(),
@@ -374,7 +434,7 @@ ROUTERS = {
 
 @pytest.mark.parametrize("kind", [AttnLRP, CPLRP, RelP])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_sigmoids_of_chosen_logits_are_weights_of_experts(name, kind):
+def test_weights_of_chosen_experts_are_held_constant(name, kind):
     class Experts(nn.Module):
         def __init__(self, is_held):
             super().__init__()

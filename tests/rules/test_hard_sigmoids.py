@@ -71,6 +71,10 @@ def snake(a):
     return a + a.sin() ** 2
 
 
+def one_more_elu(a):
+    return F.elu(a) + 1
+
+
 def shifted_softplus(a):
     return F.softplus(a) - math.log(2)
 
@@ -113,6 +117,9 @@ SPELLINGS = {
         "masked": lambda a: ((a + 3) / 6).masked_fill(a < -3, 0).masked_fill(a > 3, 1),
         "of_a_type": lambda a: F.relu6((a + 3).type_as(a)).to(a) / 6,
         "behind_a_number": lambda a: F.relu6((a + 3 - 3) + 3) / 6,
+        "copied": lambda a: ((a + 3).clone().clamp(0, 6)).clone() / 6,
+        "of_stacks": lambda a: torch.stack([(a + 3).clamp(min=0), torch.full_like(a, 6)]).amin(0) / 6,
+        "of_values_of_a_stack": lambda a: torch.stack([F.relu(a + 3), torch.full_like(a, 6)], 2).min(2).values / 6,
     },
     F.hardtanh: {
         "clamp": lambda a: a.clamp(-1, 1),
@@ -133,15 +140,36 @@ SPELLINGS = {
         "minimum": lambda a: torch.minimum(F.relu(a), SIX),
         "fmin": lambda a: torch.fmin(SIX, F.relu(a)),
         "where": lambda a: torch.where(a > 6, 6.0, torch.where(a < 0, ZERO, a)),
+        "difference": lambda a: F.relu(a) - F.relu(a - 6),
+        "masks": lambda a: a * ((a > 0) & (a < 6)) + 6 * (a >= 6),
+        "rest_of_a_mask": lambda a: a * ~((a <= 0) | (a >= 6)) + 6 * (a >= 6).int(),
+        "stacks": lambda a: torch.stack([F.relu(a), torch.full_like(a, 6)]).amin(0),
     },
     shifted_softplus: {"log": lambda a: torch.log(0.5 * a.exp() + 0.5)},
     log_of_relu: {"log": lambda a: torch.log(1 + F.relu(a))},
-    snake: {"cosine": lambda a: a + (1 - (2 * a).cos()) / 2},
+    snake: {
+        "cosine": lambda a: a + (1 - (2 * a).cos()) / 2,
+        "cosine_behind_a_number": lambda a: a + 0.5 - (2 * a).cos() / 2,
+    },
+    torch.asinh: {"logarithm": lambda a: torch.log(a + torch.sqrt(a * a + 1))},
     F.mish: {"by_exp": lambda a: a * ((1 + a.exp()) ** 2 - 1) / ((1 + a.exp()) ** 2 + 1)},
     F.hardswish: {"maximum_and_minimum": lambda a: a * torch.minimum(torch.maximum(a + 3, ZERO), SIX) / 6},
     torch.sigmoid: {"complement_of_by_exp": lambda a: 1 - 1 / (1 + torch.exp(a))},
     torch.tanh: {"by_exp": lambda a: 1 - 2 / (1 + (2 * a).exp())},
     one_more_softsign: {"by_abs": lambda a: 1 + a / (1 + a.abs())},
+}
+#: Functions of one tensor by softmax, beside numbers or what else is made of it; and by numbers beside exponentials.
+BY_EXPONENTIALS = {
+    "one": (torch.sigmoid, lambda a: torch.softmax(torch.stack([a, torch.zeros_like(a)], -1), -1)[..., 0]),
+    "halves": (torch.sigmoid, lambda a: torch.stack([-a / 2, a / 2]).softmax(0)[1]),
+    "columns": (torch.sigmoid, lambda a: torch.cat([a[..., None], ZERO.expand(3, 6, 1)], -1).softmax(-1).select(-1, 0)),
+    "taken_apart": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).unbind(1)[0]),
+    "in_chunks": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).chunk(2, 1)[0].squeeze(1)),
+    "rest": (torch.sigmoid, lambda a: 1 - torch.stack([a, 0 * a], 1).softmax(1)[:, 1]),
+    "logarithm": (F.logsigmoid, lambda a: torch.stack([a, 0 * a], -1).log_softmax(-1)[..., 0]),
+    "one_more_elu": (one_more_elu, lambda a: torch.where(a > 0, a + 1, a.exp())),
+    "one_more_elu_in_two_parts": (one_more_elu, lambda a: F.relu(a) + torch.exp(-F.relu(-a))),
+    "of_sum": (F.softplus, lambda a: torch.stack([a, ZERO.expand_as(a)]).logsumexp(0)),
 }
 #: Those that are no gates where gates are held constant.
 NO_GATES = {
@@ -160,6 +188,21 @@ def test_an_activation_is_the_same_however_it_is_written(name, preset):
     assert_same_map(spelled, plain, DATA, PRESETS[preset]())
     if preset != "contrastive_excitation_backprop":
         assert_closes(spelled, DATA, PRESETS[preset]())
+
+
+@pytest.mark.parametrize("kind", [composites.EpsilonPlus, composites.CPLRP, composites.AttnLRP, composites.RelP])
+@pytest.mark.parametrize("name", BY_EXPONENTIALS)
+def test_exponentials_of_one_tensor_beside_numbers_are_an_activation(name, kind):
+    plain, spelled = (seeded(Net(activation)) for activation in BY_EXPONENTIALS[name])
+    assert_same_map(spelled, plain, DATA, kind())
+    assert_closes(spelled, DATA, kind())
+
+
+def test_what_a_named_layer_copies_inside_of_an_activation_is_refused_through_other_copies_too():
+    net = nn.Sequential(nn.Linear(6, 6), Plus(), nn.Identity(), nn.ReLU6(), nn.Linear(6, 3))
+    net[2].forward = torch.clone
+    with pytest.raises(ValueError, match="makes an activation of numbers before it"):
+        CondAttribution(seeded(net))(DATA, [{"y": 1}], composites.UniformLRP0(), record_layer=["1"])
 
 
 @pytest.mark.parametrize("kind", [composites.AttnLRP, composites.RelP])
@@ -228,7 +271,7 @@ def test_what_is_overwritten_takes_no_relevance():
     """Then the number is a bias: what it was added to is not there any more."""
 
     def overwriting(a):
-        h = a.clone()
+        h = a.flip(1).flip(1)
         shifted = h + 3
         h.mul_(0.1)
         return F.relu6(shifted) + 0 * h
