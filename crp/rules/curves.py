@@ -38,6 +38,11 @@ class _Curve:
         self.values, self.is_settled = values, is_settled
         self._gives: dict[Callable[[Tensor], Tensor], int] = {}
 
+    @property
+    def is_of_several(self) -> bool:
+        """Whether these are functions side by side."""
+        return self.values.dim() == 2
+
     def gives(self, kind: Callable[[Tensor], Tensor]) -> int:
         """What is known of its results (`Born`), if it is one activation of this kind; -1 if not."""
         if kind in self._gives or self.values.dtype == torch.bool:

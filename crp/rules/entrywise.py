@@ -91,14 +91,15 @@ class _Entrywise:
 
     def of_numbers(self) -> int | None:
         """What is known of it (`Born`), if it is bounded, or a power; 0 if neither; None if not known of what."""
-        below = [source.curve.values for key, source in self.sources.items() if not key.flags & Born.GATING]
+        curves = [source.curve for key, source in self.sources.items() if not key.flags & Born.GATING]
+        below = [curve.values for curve in curves if not curve.is_of_several]
         return max(map(_born_of, below), default=None)
 
     def find_activation(self, sends: bool = True) -> None:
         """Find out whether it is one activation, to which relevance is sent, if the call ``sends`` it."""
-        for kind in [_is_curved] if self.is_softmax else _ACTIVATIONS:
+        for kind in [_is_curved] if self.is_softmax and self.axis is None else _ACTIVATIONS:
             for key, source in reversed(self.sources.items()):
-                if (gives := source.curve.gives(kind)) < 0:
+                if source.curve.is_of_several or (gives := source.curve.gives(kind)) < 0:
                     continue
                 self.gives = gives if self.gives is None else self.gives
                 is_sent = self.is_shifted or (self.is_summed and not source.is_copied)
@@ -134,7 +135,7 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
     for tensor in tensors:
         if tensor.shape == x.shape and id(tensor) in noted and (id(tensor) in made or tensor.requires_grad):
             holder = tensor if name in BEGINNING - _HELD else None
-            read[noted[id(tensor)]] = _sources(noted[id(tensor)], tensor.requires_grad and axis is None, holder)
+            read[noted[id(tensor)]] = _sources(noted[id(tensor)], tensor.requires_grad, holder)
         elif (
             not op.depends(tensor) and _broadcasts(tensor, x, name in _SELECTING | _STACKING) and _is_one_number(tensor)
         ):
@@ -154,7 +155,7 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
     is_softmax = any(one.is_softmax for one in made.values())
     result = _Entrywise(sources, frozenset(passing), is_shifted, is_summed, new_axis, is_softmax)
     is_alone = begins and name in _HELD | _SUMS and len(read) == len(sources) == 1
-    if new_axis is None and name not in _CONDITIONS and not is_alone:
+    if name not in _CONDITIONS | _STACKING and not is_alone:
         result.find_activation()
     return result if sources else None
 
@@ -216,6 +217,8 @@ def _along(op: Operation, made: _Entrywise, axis: int) -> _Entrywise | None:
     is_softmax, stays = made.is_softmax or "softmax" in name or name == "logsumexp", "softmax" in name
     result = _Entrywise({}, frozenset(), made.is_shifted or is_softmax, True, axis if stays else None, is_softmax)
     for key, source in made.sources.items():
+        if not source.curve.is_of_several:  # (of all of them at once)
+            continue
         source, tensor = source._replace(curve=_Curve(take(source.curve.values), source.curve.is_settled)), key.now()
         if tensor is not None and result.axis is None and tensor.dim() != dims:
             tensor = tensor.select(place, 0) if dims < x.dim() else tensor.unsqueeze(place)

@@ -360,3 +360,38 @@ def test_what_is_added_to_a_sum_that_is_cut_off_far_away_is_a_bias(preset):
     cut, whole = (seeded(Expert(function)) for function in (lambda u: u.clamp(-7.0, 7.0), lambda u: u))
     assert cut.up(DATA).abs().max() < 7
     assert_same_map(cut, whole, DATA, PRESETS[preset]())
+
+
+class Stacked(nn.Module):
+    """An activation of two functions of one tensor, side by side."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.below, self.head, self.activation = nn.Linear(6, 6), nn.Linear(12, 3), activation
+
+    def forward(self, x):
+        h = self.below(x)
+        return self.head(self.activation(torch.stack([h * h, h], 1)).flatten(1))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_hard_sigmoid_of_functions_that_are_side_by_side(preset):
+    written, whole = (seeded(Stacked(function)) for function in (lambda a: F.relu6(a + 3) / 6, F.hardsigmoid))
+    assert_same_map(written, whole, DATA, PRESETS[preset]())
+
+
+def test_an_exponential_of_a_number_and_a_tensor_side_by_side():
+    """As of an entry that is overwritten."""
+
+    class Overwritten(nn.Module):
+        def __init__(self, is_written):
+            super().__init__()
+            self.below, self.head, self.is_written = nn.Linear(6, 2), nn.Linear(2, 3), is_written
+
+        def forward(self, x):
+            h = self.below(x)
+            if self.is_written:
+                return self.head(torch.cat([torch.zeros_like(h[:, :1]), h[:, 1:]], 1).exp())
+            return self.head((h * ONE.new_tensor([0, 1])).exp())
+
+    assert_same_map(*(seeded(Overwritten(is_written)) for is_written in (True, False)), DATA, composites.UniformLRP0())

@@ -110,6 +110,9 @@ class SlowReference:
         for k, step in enumerate(program.steps):
             if step.operation.rule == "refused" and k + 1 in read:  # (what nothing reads explains nothing)
                 raise Refused(step.name)
+            known = [self.dividing] if method.attention else [self.dividing, self.squashed]  # (what is held constant)
+            if step.name == "attention" and any(one[i] is not False for one in known for i in step.reads):
+                raise Doubtful("weights, or values that are one over something")
             if step.operation.rule in ("weighted", "attention") and not self._has_rule(k):
                 raise Refused(step.name)
             self.values.append(program.plain(k, *(self.values[i] for i in step.reads)))
@@ -381,10 +384,7 @@ class SlowReference:
 
     def _attention(self, number: int, m: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor | None]:
         """The values take all; or each product hands half to both, and the softmax passes on by its Jacobian."""
-        step = self.program.steps[number]
-        if self.dividing[step.reads[2]] is not False:
-            raise Doubtful("weights, or values that are one over something")
-        s = step.settings
+        s = self.program.steps[number].settings
         m, q, k, v = (in_heads(s, tokens.reshape(v.shape)) for tokens in (m, q, k, v))
         weights = logits(s, q, k).softmax(-1)
         if self.method.attention == "constant":
