@@ -28,7 +28,6 @@ from crp.engine.taps import changed_at, check_changed_once
 from crp.engine.targets import warn_of_positions
 from crp.errors import InputError, InputTypeError
 from crp.layers import differentiable, unwrap
-from crp.layers.batch_of_one import _lay_out_alike
 from crp.layers.interrupts import atomic
 from crp.types import AttributionResults
 
@@ -223,7 +222,6 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
                 output = outputs(inputs.having(leaves))
             if not output.requires_grad:
                 raise InputError("the model's output does not depend on the data in a differentiable way")
-            _lay_out_alike([output])
             start = rows.weights(output.detach())
             return torch.autograd.grad(output, leaves, start, allow_unused=True, materialize_grads=True)
 

@@ -72,6 +72,15 @@ def test_other_methods_explain_it_so_too(method):
     assert off(crp.explain(method, model, X, 1), wanted) <= 1e-9
 
 
+def test_a_mask_of_one_picture_is_found_as_beside_others():
+    """Its gradient is that of a score, in passes of their own."""
+    model, keywords = seeded(TokensBehind(NORMS["batch norm"])), {"steps": 3, "jitter": 1, "verbose": False, "seed": 0}
+    found, wanted = (
+        crp.explain("meaningful_perturbation", model, pictures, 1, **keywords) for pictures in (X, torch.cat([X, X]))
+    )
+    assert off(found, wanted[:1]) <= 1e-9
+
+
 def test_several_conditions_and_layers():
     model = seeded(TokensBehind(NORMS["batch norm"]))
     conditions = [{"y": 1}, {"y": 2}, {"y": 1, "below": [0, 3]}]

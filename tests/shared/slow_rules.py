@@ -68,6 +68,9 @@ def by_sign(a: Tensor, up: Tensor, down: Tensor, zeros: str) -> Tensor:
 
 def hidden(rule: Rule, a: Tensor, w: Tensor, b: Tensor, m: Tensor, zero_bias: bool, zeros: str = "none") -> Tensor:
     """Multiplier of the input (batch, in) of an affine operation; w (out, in), b (out,), m (batch, out)."""
+    z = a @ w.T
+    if ((z != 0) & (z.abs() < 1e-12 * (a.abs() @ w.abs().T))).any():
+        raise Doubtful("a sum that is 0 but for rounding")
     relevance = m * (a @ w.T + b)
     y, b = a @ w.T + b, torch.zeros_like(b) if zero_bias else b
     p, n = pos(a) @ pos(w).T + neg(a) @ neg(w).T, pos(a) @ neg(w).T + neg(a) @ pos(w).T
