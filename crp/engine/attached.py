@@ -182,7 +182,8 @@ def _are_nested(module: nn.Module, model: nn.Module) -> bool:
 
 def _rules_on(module: nn.Module) -> list[Hook]:
     """Rules in zennit's protocol that hook a module, each once."""
-    owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+    # (a call in another thread may put hooks on meanwhile)
+    owners = [getattr(hook, "__self__", None) for hook in [*module._forward_hooks.values()]]
     owners += [getattr(owner, "rule", None) for owner in owners]  # (ours hook a module by what brings them to it)
     return list({id(owner): owner for owner in owners if isinstance(owner, Hook)}.values())
 

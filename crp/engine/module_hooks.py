@@ -50,7 +50,7 @@ def _changed_hooks(
 ) -> Iterator[None]:
     """Context in which others act in place of hooks on these modules and on all."""
     groups = [*_ON_ALL_MODULES, *chain.from_iterable(map(_hooks_of, modules))]
-    own = [(hooks, number, hook) for hooks in groups for number, hook in hooks.items()]
+    own = [(hooks, number, hook) for hooks in groups for number, hook in [*hooks.items()]]
     try:
         for hooks, number, hook in own:
             hooks[number] = change(hook)

@@ -174,6 +174,23 @@ def test_nothing_is_remembered_of_composites_that_are_gone(vgg_bn, images):
     assert not placed() and not guard._of_calls
 
 
+def test_hooks_that_another_thread_puts_on_while_they_are_looked_at(vgg_bn):
+    """One that is asked whose it is stands for the other thread."""
+    layer = vgg_bn.features[0]
+
+    class Hook:
+        def __call__(self, *given: Any) -> None:
+            pass
+
+        @property
+        def __self__(self) -> None:
+            layer.register_forward_hook(lambda *given: None)
+
+    for hook in (Hook(), lambda *given: None):
+        layer.register_forward_hook(hook)
+    assert guard._rules_on(layer) == [] and len(layer._forward_hooks) == 3
+
+
 def test_threads_do_not_take_a_call_of_another_for_a_hand(vgg_bn, images):
     """While a call in one thread has its composite on the model, one without a composite waits, and is plain."""
     inside, go = threading.Event(), threading.Event()
