@@ -190,4 +190,4 @@ def test_the_command(before, tmp_path):
     ].changed.tolist()
     assert {row["concept"]: row["partner"] for row in facts["layers"]["second"]} == dict(enumerate(np.argsort(ORDER)))
     wrong = crp("compare", one.path, other.path, "--layers", "third")
-    assert wrong.exit_code == 1 and "'third' was not mined" in wrong.output
+    assert wrong.exit_code == 1 and "'third' not found in the table" in wrong.output
