@@ -337,11 +337,6 @@ def _no_rule(method: str, layer: Layer) -> str:
     return f"{method} has no rule for {layer}; give one in layer_map, or None for the ordinary chain rule"
 
 
-def _works_in_place(module: nn.Module) -> bool:
-    """Whether a module, or a part of it, overwrites its input."""
-    return any(getattr(part, "inplace", False) for part in module.modules())
-
-
 def modified(weight: Tensor, modifier: Modifier) -> Tensor:
     """Weight modified by ``modifier``, computed once as long as the weight does not change.
 
