@@ -271,7 +271,7 @@ class Layer:
             mine = {id(tensor) for tensor in self.inputs}
             args, kwargs = changed((list(self.args), dict(self.kwargs)), lambda t: next(new) if id(t) in mine else t)
             if self.module is not None:  # (which may change them in place)
-                args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+                args, kwargs = changed((args, kwargs), Tensor.clone)
             return self.function(*args, **kwargs)
 
     def itself(self, a: Tensor) -> Any:
