@@ -225,6 +225,8 @@ class Layer:
             call without a weight has none to modify; a second tensor is then its second operand.
         bias : callable, Tensor or bool, optional
             Modifier of the bias, or another bias; that of the weight by default; False leaves it out.
+        *others : Tensor
+            Further operands of a call without a weight.
 
         Returns
         -------

@@ -18,8 +18,8 @@ from crp.visualization.decoding import Decoded
 from crp.visualization.mining.datasets import Pairs, indexed
 from crp.visualization.mining.marks import Source
 from crp.visualization.mining.texts import Texts
-from crp.visualization.models import NOT_READ, Loaded, _classes_called, called, imported, nearest
-from crp.wording import counted, first_few
+from crp.visualization.models import NOT_READ, Loaded, _classes_called, called, imported
+from crp.wording import counted, first_few, nearest
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
