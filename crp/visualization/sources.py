@@ -231,7 +231,7 @@ def _usual_places(source: Any) -> list[int | str | None]:
     return [0, 1] if isinstance(item, tuple | list) or hasattr(item, "keys") else [None]
 
 
-def as_list(label: Any) -> list[int]:
+def _as_list(label: Any) -> list[int]:
     """Classes of a label that lists them."""
     return list(label)
 
@@ -255,7 +255,7 @@ def _as_hot(label: Any) -> list[int]:
 
 
 #: What ``--multi-label`` says of labels.
-MULTI_LABEL = {"list": as_list, "hot": _as_hot}
+MULTI_LABEL = {"list": _as_list, "hot": _as_hot}
 
 
 def gives_pictures(pairs: Pairs | Decoded) -> bool:
