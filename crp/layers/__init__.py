@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from crp.errors import InputTypeError, NameNotFoundError
 from crp.layers.interrupts import atomic
+from crp.nearest import nearest
 from crp.notices import kind_of
-from crp.wording import first_few, nearest
+from crp.wording import first_few
 
 _active: ContextVar[object] = ContextVar("crp_trace", default=None)
 _referencing: ContextVar[bool] = ContextVar("referencing", default=False)
