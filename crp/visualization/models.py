@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from crp.engine.forward import tensor_in
 from crp.errors import CRPError, InputError, InputTypeError, LoadingError
+from crp.layers import nearest
 from crp.layers.misfits import takes_decoder_ids, telling_misfits
 from crp.nearest import nearest
 from crp.notices import kind_of

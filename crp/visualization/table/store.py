@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
 from crp.nearest import nearest
 from crp.visualization.table.columns import SampleColumns, _class_number, join_columns, read_columns, sample_numbers
@@ -175,8 +175,7 @@ class Table:
             If the table has no rows yet.
         """
         if layer not in self.layers:
-            near = nearest(layer, self.layers) or f"; it has {first_few(list(map(repr, self.layers)), 5)}"
-            raise NameNotFoundError(f"layer {layer!r} was not mined into {self.path}{near}")
+            raise LayerNotFoundError(layer, self.layers, where=f"the table in {self.path}")
         for shard in self.shards:
             if layer in shard.concepts:
                 return shard.concepts[layer]
