@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from crp.errors import InputError, InputTypeError, NameNotFoundError
-from crp.nearest import nearest
+from crp.layers import nearest
 from crp.wording import shortened
 
 if TYPE_CHECKING:

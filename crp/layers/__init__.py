@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from crp.errors import InputTypeError, NameNotFoundError
 from crp.layers.interrupts import atomic
-from crp.nearest import nearest
 from crp.notices import kind_of
 from crp.wording import first_few
 

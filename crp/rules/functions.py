@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import get_overridable_functions
 
 from crp.errors import InputError
-from crp.nearest import nearest
+from crp.layers import nearest
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born
 from crp.rules.operands import PARSERS, Parse
 from crp.rules.spellings import _plain, name_of

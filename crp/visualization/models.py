@@ -20,7 +20,6 @@ from crp.engine.forward import tensor_in
 from crp.errors import CRPError, InputError, InputTypeError, LoadingError
 from crp.layers import nearest
 from crp.layers.misfits import takes_decoder_ids, telling_misfits
-from crp.nearest import nearest
 from crp.notices import kind_of
 from crp.visualization.checkpoints import _in_a_line, fill, n_classes_of, read_checkpoint
 from crp.visualization.libraries import PREFIXES, Found, find_in_library

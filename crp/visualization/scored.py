@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from crp.errors import InputError, InputTypeError, LoadingError
-from crp.nearest import nearest
+from crp.layers import nearest
 from crp.visualization.models import imported
 
 #: Functions of `crp.outputs` that a word may name.

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from crp.errors import InputError, LoadingError
-from crp.nearest import nearest
+from crp.layers import nearest
 from crp.notices import warn
 from crp.visualization.decoding import Decoded
 from crp.visualization.mining.datasets import Pairs, indexed
