@@ -67,6 +67,10 @@ def one_more_softsign(a):
     return 1 + F.softsign(a)
 
 
+def half_more_softsign(a):
+    return F.softsign(a) + 0.5
+
+
 def snake(a):
     return a + a.sin() ** 2
 
@@ -157,6 +161,7 @@ SPELLINGS = {
     torch.sigmoid: {"complement_of_by_exp": lambda a: 1 - 1 / (1 + torch.exp(a))},
     torch.tanh: {"by_exp": lambda a: 1 - 2 / (1 + (2 * a).exp())},
     one_more_softsign: {"by_abs": lambda a: 1 + a / (1 + a.abs())},
+    half_more_softsign: {"by_abs": lambda a: a / (1 + a.abs()) + 0.5},
 }
 #: Functions of one tensor by softmax, beside numbers or what else is made of it; and by numbers beside exponentials.
 BY_EXPONENTIALS = {
