@@ -125,15 +125,13 @@ def audit(
     """
     check_data(data)
     check_number("k", k, 0, whole=True)
-    if not isinstance(found, Prototypes):
-        raise InputTypeError(f"found must be what prototypes(table, layer) gives, not {kind_of(found)}")
+    uses = _uses(found, concept.describe, k, table)
     name = attribution.MODEL_OUTPUT_NAME
     targets = predicted_by(attribution, Asked.of(data, None)) if targets is None else targets
     classes = _one_for_each(targets, len(data), "targets")
     result = attribution(data, [{name: target} for target in classes], composite, [found.layer])
     vectors = relevance_sums(concept, LayerValues.of(result, found.layer), found.layer, found.normed)
     rows = vectors.detach().cpu().numpy().astype(np.float64)
-    uses = _uses(found, concept.describe, k, table)
     return [_compared(found, row[None], of_class, uses)[0] for row, of_class in zip(rows, classes, strict=True)]
 
 
@@ -171,9 +169,9 @@ def audit_table(
         If a sample has no row of a class with prototypes.
     """
     check_number("k", k, 0, whole=True)
+    uses = _uses(found, describe or "concept {}".format, k, table)
     table = Table.open(table)
     samples = None if samples is None else as_ids(samples, what="samples")
-    uses = _uses(found, describe or "concept {}".format, k, table)
     audited: list[tuple[float, AuditedSample]] = []
     for of_class, mixture in found.classes.items():
         vectors, numbers = RowSelection(found.layer, normed=found.normed, of_class=of_class).read(table)
@@ -226,6 +224,8 @@ def _uses(
     found: Prototypes, describe: Callable[[int], str], k: int, table: Table | str | Path | None
 ) -> Callable[[np.ndarray], tuple[list[Use], list[Use]]]:
     """What tells the concepts that are used more and less, from the difference to a prototype."""
+    if not isinstance(found, Prototypes):
+        raise InputTypeError(f"found must be what prototypes(table, layer) gives, not {kind_of(found)}")
     references = None if table is None else top_k(table, found.layer, k=_REFERENCES, cache=True).sample
 
     def uses(difference: np.ndarray) -> tuple[list[Use], list[Use]]:

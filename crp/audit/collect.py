@@ -129,9 +129,7 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
     try:
         classes = np.array(_one_for_each(labels, len(dataset), "labels"), np.int64)
     except (TypeError, OverflowError):
-        raise InputTypeError(
-            f"labels must be one class for each sample, such as 3; the first is {labels[0]!r}"
-        ) from None
+        raise InputTypeError(f"labels must be one class for each sample; the first is {labels[0]!r}") from None
     if not len(classes) or classes.min() < 0:
         found = f"sample {classes.argmin()} has {classes.min()}" if len(classes) else "there is no sample"
         raise InputError(f"labels must be classes, which count from 0; {found}")
@@ -167,6 +165,8 @@ def _vectors(
             raise sample.problem.error or InputTypeError(f"sample {i}: {sample.problem.reason}")
         one = sample.data[None].to(attribution.device)
         tensors.append(one if preprocess is None else preprocess(one))
+        if not tensors[-1].isfinite().all():
+            raise InputError(f"sample {i}: its data is not finite")
         if tensors[-1].shape != tensors[0].shape:
             shapes = f"{tuple(tensors[-1].shape[1:])}, and sample {samples[0]} {tuple(tensors[0].shape[1:])}"
             raise InputError(f"sample {i} has shape {shapes}; samples of several shapes need batch_size=1")

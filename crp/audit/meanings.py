@@ -15,6 +15,7 @@ from crp.errors import InputTypeError, NameNotFoundError
 from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
+from crp.wording import shortened
 
 
 class Meanings(NamedTuple):
@@ -97,8 +98,8 @@ def meanings(
         If texts have no embeddings, and no function makes them.
     """
     if not isinstance(texts, Mapping):
-        if texts and embed_text is None:
-            raise InputTypeError(f"texts such as {texts[0]!r} need embeddings: give a mapping, or embed_text=")
+        if isinstance(texts, str) or not isinstance(texts, Sequence) or (texts and embed_text is None):
+            raise InputTypeError(f"texts {shortened(texts)} need embeddings: give a mapping, or a list and embed_text=")
         texts = {text: embed_text(text) for text in texts} if embed_text is not None else {}
     table = table_of(fv, layer)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else concept_ids)

@@ -52,8 +52,7 @@ class Interventions(NamedTuple):
     @property
     def agreement(self) -> float:
         """Rank correlation of relevance and loss of output over the concepts, mean over samples; 1 is the best."""
-        found = [rank_correlation(*pair) for pair in zip(self.relevance, -self.change, strict=True)]
-        return float(np.mean(found))
+        return float(np.mean([rank_correlation(*pair) for pair in zip(self.relevance, -self.change, strict=True)]))
 
     def save(self, table: Table | str | Path) -> Path:
         """Keep them beside a table, where ``crp report`` finds them until the table changes."""

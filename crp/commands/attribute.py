@@ -40,8 +40,7 @@ def methods_command(family: str | None, as_json: bool) -> None:
         click.echo(json.dumps(rows))
         return
     for name in families:
-        of_family = [method for method in chosen if method.family == name]
-        if of_family:
+        if of_family := [method for method in chosen if method.family == name]:
             click.echo(f"\n{name}" if name != families[0] and family is None else name)
         for method in of_family:
             click.echo(f"  {method.name:32} {method.paper}")
@@ -162,10 +161,10 @@ def attribute(
     for image, place in zip(images, places, strict=True):
         try:
             pair = loaded.read(image)
+            said, facts = _explain(image, pair, place, loaded, chosen.name, index, given, caption, shown)
         except LoadingError as error:
-            unread.append(str(error))
+            unread.append(str(error) if str(image) in str(error) else f"{image}: {error}")
             continue
-        said, facts = _explain(image, pair, place, loaded, chosen.name, index, given, caption, shown)
         click.echo(json.dumps(facts) if as_json else f"{image}: {_plain(said)}\nwrote {place}")
     if loaded.normalized is None and not as_json and len(unread) < len(images):
         click.echo("pictures were not normalised, in 0..1 (--mean and --std do it, where the training did)")

@@ -336,6 +336,8 @@ def _readable(
             left_out.append(reason if name in reason else f"{name}: {reason}")
         elif not sample.data.is_floating_point():
             raise CommandError(f"--data {data} holds texts, or no numbers; crp audit compares texts of the table alone")
+        elif not sample.data.isfinite().all():
+            left_out.append(f"{name}: its data is not finite")
         else:
             yield name, sample.data
 

@@ -88,8 +88,7 @@ def report_command(
         raise CommandError(f"--workers and --part draw into a folder, and {path} is one file, for small tables")
     if part and (opened or workers > 1):
         raise CommandError("--part writes no page that --open could show, and is drawn by one process, not --workers")
-    unused = [f"--{name}" for name in ("steps", "seed") if given[name] is not None and given["maximize"] is None]
-    if unused:
+    if unused := [f"--{name}" for name in ("steps", "seed") if given[name] is not None and given["maximize"] is None]:
         raise CommandError(f"{' and '.join(unused)} say how --maximize makes up pictures; give it, too")
     share = None if part is None else _part(part, {}, "--part")
     given["quiet"] = given["quiet"] or as_json

@@ -38,9 +38,11 @@ def status(folder: Path, verify: bool, as_json: bool) -> None:
     table = Table.open(folder)
     waiting = table.unlisted()
     coverage = table.coverage()
-    problems = table.verify() if verify else []
+    files = [table.path / "shards" / shard.file for shard in table.shards]
+    gone = [f"{file} is gone; mine again with the same arguments to redo it" for file in files if not file.is_file()]
+    problems = table.verify() if verify else gone
     if as_json:
-        click.echo(json.dumps(_facts(table, len(waiting), problems if verify else None)))
+        click.echo(json.dumps(_facts(table, len(waiting), problems if verify or gone else None)))
         if problems or coverage.missing:
             raise SystemExit(1)
         return
@@ -142,8 +144,7 @@ def _recipe_lines(table: Table) -> Iterator[str]:
     """What was mined, in words; nothing of what the table does not say."""
     from crp.visualization.table.recipe import tell_part
 
-    recipe = table.header.recipe
-    if not recipe:
+    if not (recipe := table.header.recipe):
         return
     for part in ("model", "dataset"):
         if told := tell_part(recipe, part):
@@ -182,8 +183,7 @@ def _rate(table: Table) -> float:
     """
     times = []
     for shard in table.shards:
-        file = table.path / "shards" / shard.file
-        if file.is_file():
+        if (file := table.path / "shards" / shard.file).is_file():
             times.append((file.stat().st_mtime, shard.stop - shard.start))
     times = sorted(times)[-_RATED:]
     seconds = times[-1][0] - times[0][0] if len(times) > 1 else 0.0

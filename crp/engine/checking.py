@@ -187,9 +187,9 @@ def _account(
     name = attribution.MODEL_OUTPUT_NAME
     targets = [{name: condition[name]} for condition in conditions if name in condition]
     what = "relevance of the data, and what layers keep, is what started"
-    encoding = Encoding.of(composite)
-    if not targets or propagation_of(composite).accounting() is None or encoding.as_multiplier:
-        return _Point("account", None, None, None, f"{what}: not known of {type(composite).__name__}"), {}
+    if not targets or propagation_of(composite).accounting() is None or Encoding.of(composite).as_multiplier:
+        by = "the plain gradient" if composite is None else type(composite).__name__
+        return _Point("account", None, None, None, f"{what}: not known of {by}"), {}
     account = attribution.absorbed(data, targets, composite)
     scale = account.initial.abs().clamp(min=torch.finfo(account.initial.dtype).tiny)
     value, limit = float((account.rest.abs() / scale).max()), rounding**0.5

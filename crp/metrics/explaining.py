@@ -6,6 +6,7 @@ composite, an attributor's class or the name of a method, which `quantus_explain
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -89,11 +90,14 @@ def _check_method(method: Method) -> None:
     elif isinstance(method, Attributor | MeaningfulPerturbation):
         kind = type(method).__name__
         raise InputTypeError(f"{method!r} is made for one model; give the class {kind}, or quantus_explain({kind})")
-    elif not callable(method):
-        raise InputTypeError(
-            "explain_func must be a function (model, inputs, targets) -> array, a composite, the class of an "
-            f"attributor, or a name; not {method!r}"
-        )
+    else:
+        try:
+            inspect.signature(method).bind(model=None, inputs=None, targets=None)
+        except TypeError as error:
+            raise InputTypeError(
+                "explain_func must be a function (model, inputs, targets) -> array, a composite, the class of an "
+                f"attributor, or a name; not {shortened(method)}: {error}"
+            ) from None
 
 
 def _relevance_by(
@@ -114,8 +118,7 @@ def _relevance_of(
     itself.
     """
     given: tuple[Any, Any] = data, target
-    is_tensor = data is explained and isinstance(target, Tensor)
-    if is_tensor:  # (what is the user's may write into what it gets)
+    if is_tensor := data is explained and isinstance(target, Tensor):  # (the user's may write into what it gets)
         given = explained.clone(), given[1].clone()
     if isinstance(method, str | Composite | type):
         return _check_relevance(_explain(method, model, *given, output, {}), explained)

@@ -69,8 +69,7 @@ def randomization(
     classes = Scorer(model, data, target, "output", batch_size, output).classes
     changed = copy.deepcopy(unwrap(model)).eval()
     layers = {name: list(module.parameters(recurse=False)) for name, module in changed.named_modules()}
-    layers = {name: parameters for name, parameters in layers.items() if parameters}
-    if not layers:
+    if not (layers := {name: parameters for name, parameters in layers.items() if parameters}):
         raise InputError(f"{type(model).__name__} has no parameters that could be randomized")
 
     def ranks() -> Tensor:

@@ -95,8 +95,7 @@ class Scorer:
         select = tensor_in if self.output is None else Selected(Classes(0), self.output).select
 
         def scores(returned: Any) -> Tensor:
-            found = select(returned)
-            if not found.is_floating_point():
+            if not (found := select(returned)).is_floating_point():
                 raise InputTypeError(f"scores of classes must be real numbers, not {found.dtype}")
             return found
 

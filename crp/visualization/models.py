@@ -77,7 +77,7 @@ class Loaded:
         try:
             with torch.no_grad(), telling_misfits(self.model, [data], {0: data}):
                 return self.model(data)
-        except InputError as error:
+        except (InputError, RuntimeError) as error:
             raise LoadingError(f"{error}; --size says how large pictures are") from error
 
     def scores(self, data: Tensor) -> Tensor:

@@ -378,7 +378,7 @@ class ReferenceQueries(SampleAccess):
         return self.RelMax if mode == "relevance" else self.ActMax
 
     def _concept(self, layer: str) -> Concept:
-        if layer not in self.layer_map:
+        if not isinstance(layer, str) or layer not in self.layer_map:
             raise LayerNotFoundError(layer, self.layer_map, "layer_name", "layer_map")
         return self.layer_map[layer]
 

@@ -54,7 +54,7 @@ def test_labels_are_not_read_where_the_dataset_has_them(attribution):
     del data.labels
     with pytest.raises(ValueError, match="there are 3 labels for 12 samples"):
         collect(attribution, data, EpsilonPlus(), "second", labels=[1, 2, 0])
-    with pytest.raises(TypeError, match="labels must be one class for each sample, such as 3; the first is"):
+    with pytest.raises(TypeError, match="labels must be one class for each sample; the first is"):
         collect(attribution, data, EpsilonPlus(), "second", labels=[[1, 2]] * 12)
 
 
@@ -92,6 +92,7 @@ WRONG = {
         {"dataset": Sizes(4)},
         r"sample \d has shape .*; samples of several shapes need batch",
     ),
+    "not finite": ({"preprocess": lambda data: data / 0}, r"sample \d: its data is not finite"),
     "a function that is none": (
         {"preprocess": "normalize"},
         "preprocess must be a function of samples, .*not 'normalize'",

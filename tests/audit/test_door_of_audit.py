@@ -9,6 +9,7 @@ from torch import nn
 from crp.attribution import CondAttribution
 from crp.audit import (
     audit,
+    audit_table,
     clusters,
     context_scores,
     effect,
@@ -81,6 +82,10 @@ WRONG = {
     "nothing changed": (lambda m: changed(m, ids=[]), "concept_ids is empty"),
     "no prototypes": (
         lambda m: audit(CondAttribution(m), DATA, EpsilonPlus(), None, ChannelConcept()),
+        "found must be what prototypes.* gives, not None",
+    ),
+    "no prototypes of a table": (
+        lambda m: audit_table("table", None),
         "found must be what prototypes.* gives, not None",
     ),
     "audit of nan": (

@@ -80,8 +80,12 @@ def test_texts_may_be_embedded_by_a_function(fv):
     found = meanings(fv, "second", embed, list(TEXTS), embed_text=TEXTS.__getitem__, n=4)
     assert np.array_equal(found.similarity, meanings(fv, "second", embed, TEXTS, n=4).similarity)
     assert found.texts == list(TEXTS)
-    with pytest.raises(TypeError, match="texts such as 'upper left' need embeddings: give a mapping, or embed_text="):
+    with pytest.raises(TypeError, match=r"texts \['upper left', .* need embeddings: give a mapping, or a list"):
         meanings(fv, "second", embed, list(TEXTS))
+    with pytest.raises(TypeError, match=r"texts <function .* need embeddings"):
+        meanings(fv, "second", TEXTS, embed)
+    with pytest.raises(TypeError, match="texts 'upper left' need embeddings"):
+        meanings(fv, "second", embed, "upper left", embed_text=TEXTS.get)
 
 
 def test_meanings_are_kept(fv):

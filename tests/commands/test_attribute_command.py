@@ -360,9 +360,12 @@ def test_pictures_that_cannot_be_read_or_written(place):
 def test_pictures_that_cannot_be_read_do_not_keep_others_from_being_explained(place):
     for name in ("cut.png", "words.png"):
         Path(name).write_bytes(Path("picture.png").read_bytes()[:100])
-    result = run("attribute", "cut.png", "picture.png", "words.png", "--model", "nets_of_mine:net", "--out", "maps")
+    Image.new("RGB", (1, 1)).save("dot.png")
+    images = "cut.png", "dot.png", "picture.png", "words.png"
+    result = run("attribute", *images, "--model", "nets_of_mine:net", "--out", "maps")
     assert result.exit_code == 1
     assert [path.name for path in Path("maps").iterdir()] == ["picture.png"]
     assert "picture.png: predicted class" in result.stdout
-    assert "Error: 2 of 3 pictures left out: cut.png is no picture that can be read" in result.stderr
+    assert "Error: 3 of 4 pictures left out: cut.png is no picture that can be read" in result.stderr
+    assert "; dot.png: " in result.stderr and "--size says how large pictures are" in result.stderr
     assert "words.png is no picture that can be read" in result.stderr

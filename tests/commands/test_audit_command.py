@@ -74,10 +74,13 @@ def test_pictures_that_cannot_be_read_are_named_and_the_others_audited(
     Path("halves.py").write_text(
         "import torch\nclass Rows:\n    def __len__(self): return 2\n"
         "    def __getitem__(self, i): return torch.ones(3, 8, 8), 1 // i\n"
+        "class Blind(Rows):\n    def __getitem__(self, i): return torch.ones(3, 8, 8) / (1 - i), 0\n"
     )
     monkeypatch.syspath_prepend(".")
     result = crp("audit", folder, "0", "--data", "halves:Rows")
     assert "halves:Rows 1  " in result.output and "left out: halves:Rows 0: ZeroDivisionError" in result.output
+    result = crp("audit", folder, "0", "--data", "halves:Blind", "--batch-size", 1)
+    assert "halves:Blind 0  " in result.output and "left out: halves:Blind 1: its data is not finite" in result.output
 
 
 def test_pictures_of_classes_without_prototypes_are_named_and_the_others_audited(folder: Path) -> None:

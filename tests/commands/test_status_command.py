@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -41,6 +42,15 @@ def test_status_tells_coverage_rate_and_integrity(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"\x07")
     damaged = crp("status", tmp_path, "--verify")
     assert damaged.exit_code == 1 and f"damaged    {file}" in damaged.output and "integrity" not in damaged.output
+
+
+def test_a_table_whose_files_are_gone_is_not_sound(tmp_path: Path) -> None:
+    table, _ = make_table(tmp_path)
+    file = tmp_path / "shards" / table.shards[0].file
+    file.unlink()
+    result = crp("status", tmp_path)
+    assert result.exit_code == 1 and f"damaged    {file} is gone; mine again" in result.output
+    assert len(json.loads(crp("status", tmp_path, "--json").output)["damaged"]) == 1
 
 
 def test_a_pause_or_a_copy_does_not_count_in_the_rate(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import crp
 from crp.attributors import MeaningfulPerturbation, Occlusion
 from crp.composites import DeepTaylor, Gradient, GradientTimesInput, UniformZPlus
+from crp.errors import InputTypeError
 from crp.metrics import (
     area,
     continuity,
@@ -421,8 +422,9 @@ def test_methods_are_checked(linear, small):
         quantus_explain(3)
     with pytest.raises(TypeError, match=r"no options here, got \['steps'\]; give them to UniformZPlus"):
         quantus_explain(UniformZPlus(), steps=3)
-    with pytest.raises(TypeError, match="explain_func must be a function"):
-        selectivity(linear, small, 0, 3)
+    for method, message in ((3, "explain_func must be a function .* not 3: "), (lambda m, x, y: x, "'model'|'m'")):
+        with pytest.raises(InputTypeError, match=message):
+            selectivity(linear, small, 0, method)
     for wrong, message in (
         (np.zeros((3, 4, 4)), r"relevance has shape \(3, 1, 4, 4\); it must have that of the data"),
         (np.zeros((2, 2, 4, 5)), "relevance has shape"),

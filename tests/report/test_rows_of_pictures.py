@@ -64,12 +64,13 @@ class Block(nn.Module):
         return y.relu() + 0.1 * y.flip(1)
 
 
-#: Two directions each, whose entries add up to less than 0.
+#: Two directions each, whose entries add up to less than 0, and what measures them, which is not their pseudo-inverse.
 DIRECTIONS = torch.tensor([[1.0, -1.0, -0.5], [-2.0, 0.5, 0.25]]).double()
+DUALS = torch.tensor([[0.5, -1.0, 1.0], [1.0, 1.0, -2.0]]).double()
 LAYER_MAPS: dict[str, dict[str, Any]] = {
     "a layer aside": {"first": ChannelConcept(), "aside": ChannelConcept(), "block": ChannelConcept()},
     "a layer in a block": {"first": ChannelConcept(), "block": ChannelConcept(), "block.conv": ChannelConcept()},
-    "directions": {"first": DirectionConcept(DIRECTIONS), "block": ChannelConcept()},
+    "directions": {"first": DirectionConcept(DIRECTIONS, DUALS), "block": ChannelConcept()},
     "subspaces": {"first": SubspaceConcept([DIRECTIONS[:1], DIRECTIONS[1:]]), "block.conv": ChannelConcept()},
 }
 

@@ -42,6 +42,7 @@ def test_right_explanations_hold(make):
     assert by_name["by differences"].holds is (True if make is GradientTimesInput else None)
     ours = isinstance(composite, Composite)
     assert by_name["account"].holds is (True if ours else None)
+    assert ("not known of the plain gradient" in by_name["account"].what) is (composite is None)
     assert bool(checked.rules) is ours and bool(checked.kept) is (ours and make is not DeepLift)
     assert json.loads(json.dumps(checked.to_dict()))["holds"] is is_exact
     assert ("ok     prediction" in str(checked)) is is_exact
