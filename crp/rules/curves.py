@@ -133,7 +133,7 @@ def _given(values: Tensor) -> int:
 
 
 def _bounded(values: Tensor) -> int:
-    """What is known of results of an activation that is nearly the same for all large numbers, on both sides of zero."""
+    """What is known of results of an activation that is nearly the same for all large numbers of each sign."""
     values = values[~values.isnan()]
     if len(values) < 2 or not holds(lambda: _is_flat(values)):
         return 0
