@@ -12,7 +12,7 @@ from torch import Tensor
 from crp.errors import InputError
 from crp.rules.attention import _by_chain_rule
 from crp.rules.base import Attachment, Rule
-from crp.rules.entrywise import _Entrywise
+from crp.rules.entrywise import _function_in
 from crp.rules.exponentials import _ENDING, _exponential, _OfExponentials
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
@@ -52,14 +52,14 @@ class Pass(Rule):
 
     def _below_numbers(self, layer: Layer) -> Tensor | None:
         """What is below the numbers around an activation, if the call is the last of both."""
-        made = layer.parts
-        if isinstance(made, _Entrywise) and made.activation is not None:
-            if made.is_copied:
+        made, function = layer.parts, _function_in(layer.parts)
+        if function is not None and function.activation is not None:
+            if function.is_copied:
                 raise InputError(
                     f"{layer} makes an activation of numbers before it, as of a hard sigmoid, so that all is one "
                     "function: no relevance flows through what is named as a layer inside. Name one before, or behind"
                 )
-            return made.activation.now()
+            return function.activation.now()
         if isinstance(made, _OfExponentials) and layer.known.has("arithmetic") and not made.is_copied:
             return made.source if made.is_unchanged() else None  # (the exponential may be too small to divide by)
         return None

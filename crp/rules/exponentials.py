@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.layers.devices import can_be_read
-from crp.rules.entrywise import _itself
+from crp.rules.entrywise import _Entrywise, _itself
 from crp.rules.functions import look_up
 from crp.rules.layer import Layer, changed
 from crp.rules.notes import Notes
@@ -72,6 +72,8 @@ class _OfExponentials:
         Whether another copy is made of its copy, from which flows what is not counted there.
     arrived : Tensor or None
         What has arrived at such a copy from softmaxes, in a backward pass.
+    entrywise : _Entrywise or None
+        The same as a function of a tensor, entry by entry.
     """
 
     function: Callable[..., Tensor]
@@ -90,6 +92,7 @@ class _OfExponentials:
     is_chained: bool = False
     is_passed: bool = False
     arrived: Tensor | None = None
+    entrywise: _Entrywise | None = None
     versions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

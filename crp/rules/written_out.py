@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.rules.recurrent import RECURRENT
+
 #: Axes of a function that reduces; None for all.
 Axes: TypeAlias = int | Sequence[int] | None
 
@@ -82,4 +84,12 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "normalize": _normalized,
     "pairwise_distance": _distance,
     "cdist": _distances,
+}
+#: Functions that are so in any method; these are given how they add up.
+STEPS: dict[str, Callable[..., Any]] = {
+    "addcmul": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 * tensor2, alpha=value, **out),
+    "addcdiv": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 / tensor2, alpha=value, **out),
+    "lerp": lambda add, input, end, weight, **out: add(input, weight * (end - input), **out),
+    "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
+    **{name: lambda add, *args, steps=steps, **keywords: steps(*args, **keywords) for name, steps in RECURRENT.items()},
 }
