@@ -12,6 +12,7 @@ those that are made of one tensor, entry by entry, come first, so that an activa
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +28,8 @@ from crp.rules.operation import Operation
 
 #: Functions that sum up a product; what is known of them then.
 _SUMMING = {name: replace(look_up(torch.einsum), name=name, parse=PARSERS["matmul"]) for name in ("sum", "mean")}
+#: What multiplies, or divides.
+_BY = (operator.mul, operator.truediv)
 #: Products that are remembered, the latest ones: factors of more would be kept in memory for nothing.
 _LATEST = 8
 
@@ -135,7 +138,7 @@ class _Products:
                 "no relevance flows through what is named as a layer inside. Name one before, or behind"
             )
         one, other, is_over, rest, is_below = order
-        return lambda: _times(_times(one, other, is_over), rest, is_below)
+        return lambda: _BY[is_below](_BY[is_over](one, other), rest)
 
     def _share(self, value: Any, other: Any, common: Callable[[Sequence[Tensor]], object]) -> bool:
         """Whether a factor of one is made of the same tensor as one of the other, entry by entry."""
@@ -171,10 +174,6 @@ def _are_of_one(value: Any, other: Any, common: Callable[[Sequence[Tensor]], obj
     """Whether both are made of one tensor, entry by entry."""
     is_input = all(isinstance(one, Tensor) and one.requires_grad for one in (value, other))
     return is_input and value.shape == other.shape and common((value, other)) is not None
-
-
-def _times(value: Any, factor: Any, divides: bool) -> Any:
-    return value / factor if divides else value * factor
 
 
 def _is_special(tensor: Tensor) -> bool:

@@ -90,6 +90,11 @@ class _Entrywise:
         """Whether a layer's output is between it and what it is one activation of."""
         return self.activation is not None and self.sources[self.activation].is_copied
 
+    def exponent(self) -> Tensor | None:
+        """The latest tensor that it is a function of, and that is no gate, nor what one is made of."""
+        below = (key for key, one in reversed(self.sources.items()) if not (key.flags & Born.GATING or one.is_copied))
+        return None if (key := next(below, None)) is None else key.now()
+
     def of_numbers(self) -> int | None:
         """What is known of it (`Born`), if it is bounded, or a power; 0 if neither; None if not known of what."""
         curves = [source.curve for key, source in self.sources.items() if not key.flags & Born.GATING]

@@ -62,6 +62,11 @@ def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: object = No
     return _vector_norm(x1[..., :, None, :] - x2[..., None, :, :], p, -1)
 
 
+def _gated(input: Tensor, dim: int = -1) -> Tensor:
+    signal, gate = input.chunk(2, dim)
+    return signal * gate.sigmoid()
+
+
 def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
     """Cosine similarity: a sum of products of directions."""
     shape, dim = torch.broadcast_shapes(left.shape, right.shape), keywords["dim"]  # type: ignore[no-untyped-call]
@@ -84,6 +89,7 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "normalize": _normalized,
     "pairwise_distance": _distance,
     "cdist": _distances,
+    "glu": _gated,
 }
 #: Functions that are so in any method; these are given how they add up.
 STEPS: dict[str, Callable[..., Any]] = {

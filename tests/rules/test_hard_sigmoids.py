@@ -317,6 +317,7 @@ AROUND_EXPONENTIALS = {
     "sigmoid": lambda a: 1 / (1 + torch.exp(-a)),
     "expm1": lambda a: a.exp() - 1,
     "logit": lambda a: a.sigmoid().logit(),
+    "hardly_anything": lambda a: (-100 * a.abs()).exp() + 3,
 }
 
 
