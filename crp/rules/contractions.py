@@ -82,14 +82,13 @@ class _Products:
 
     def add(self, product: object, operands: Sequence[Any], divides: bool = False) -> None:
         """Note what a product, or a quotient, was made of."""
-        tensors = [value for value in (product, *operands) if isinstance(value, Tensor)]
-        if len(operands) != 2 or len(tensors) < 2 or any(map(_is_special, tensors)):
+        tensors = [value for value in operands if isinstance(value, Tensor)]
+        if len(operands) != 2 or not isinstance(product, Tensor) or any(map(_is_special, (product, *tensors))):
             return
-        left, right = tensors[1], tensors[-1]
-        is_of_inputs = left.requires_grad and right.requires_grad and len(tensors) == 3
-        is_scaled = self._found(left) is not None or self._found(right) is not None
-        if is_of_inputs or is_scaled or (len(tensors) == 3 and not divides and self._is_matrices((left, right))):
-            self._add(_Product(weakref.ref(tensors[0]), (operands[0], operands[1]), _versions(tensors), divides))
+        is_of_inputs = all(tensor.requires_grad for tensor in tensors)
+        if any(map(self._found, tensors)) or (len(tensors) == 2 and (is_of_inputs or self._is_matrices(tensors))):
+            versions = _versions((product, *operands))
+            self._add(_Product(weakref.ref(product), (operands[0], operands[1]), versions, divides))
 
     def add_copy(self, copy: Tensor, original: Tensor) -> None:
         """Note a copy, through which the relevance of a named layer flows."""
@@ -103,11 +102,8 @@ class _Products:
 
     def _found(self, tensor: object) -> _Product | None:
         """What is remembered of a product whose factors are what they were."""
-        known = next((known for known in self._latest if known.result() is tensor), None) if self._latest else None
-        if known is None:
-            return None
-        tensors = [value for value in (tensor, *known.factors) if isinstance(value, Tensor)]
-        return known if known.versions == _versions(tensors) else None
+        known = next((known for known in self._latest if known.result() is tensor), None)
+        return known if known is not None and known.versions == _versions((tensor, *known.factors)) else None
 
     def regrouped(self, op: Operation, common: Callable[[Sequence[Tensor]], object]) -> Callable[[], Tensor] | None:
         """A product in which factors come first that are made of one tensor, entry by entry; None if they do so.
@@ -147,7 +143,7 @@ class _Products:
                 return any(self._share(factor, second, common) for factor in known.factors)
         return _are_of_one(value, other, common)
 
-    def _is_matrices(self, factors: tuple[Tensor, Tensor], axes: set[int] | None = None) -> bool:
+    def _is_matrices(self, factors: Sequence[Tensor], axes: set[int] | None = None) -> bool:
         return _is_of_matrices(factors, axes, any(map(self._is_divisor, factors)))
 
     def summed(
@@ -156,7 +152,8 @@ class _Products:
         """The call of one of `_SUMMING` as one of both factors; None if it is no product of matrices."""
         product, *rest = args or (kwargs["input"],)
         found = self._found(product)
-        if found is None or found.divides or found.is_copied or not isinstance(found.factors[1], Tensor):
+        is_product = found is not None and not (found.divides or found.is_copied)
+        if found is None or not is_product or not all(isinstance(factor, Tensor) for factor in found.factors):
             return None
         others = {name: value for name, value in kwargs.items() if name != "input"}
         axes = _axes(rest[0] if rest else others.get("dim", others.get("axis")), product.dim())
@@ -180,8 +177,8 @@ def _is_special(tensor: Tensor) -> bool:
     return tensor.is_nested or tensor.layout != torch.strided
 
 
-def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in tensors)
+def _versions(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(getattr(value, "_version", 0) for value in values)
 
 
 def _axes(dim: Any, dims: int) -> set[int] | None:
@@ -192,7 +189,7 @@ def _axes(dim: Any, dims: int) -> set[int] | None:
     return {axis % dims for axis in axes} if all(isinstance(axis, int) for axis in axes) else None
 
 
-def _is_of_matrices(factors: tuple[Tensor, Tensor], axes: set[int] | None = None, has_divisor: bool = False) -> bool:
+def _is_of_matrices(factors: Sequence[Tensor], axes: set[int] | None = None, has_divisor: bool = False) -> bool:
     """Whether the sum along axes of a product is a product of matrices, and no scaled sum; by default along any."""
     dims = max(tensor.dim() for tensor in factors)
     used = [_axes_used(tensor, dims) for tensor in factors]

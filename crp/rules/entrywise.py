@@ -2,10 +2,11 @@
 
 A number that is added before an activation is a bias, and keeps its share. But a function that is symmetric about zero,
 ``f(x) + f(-x) = 2 f(0)``, has none: neither a hard sigmoid such as ``relu6(x + 3) / 6``, nor soft shrinkage such as
-``relu(x - t) - relu(-x - t)``. Nor has one that is zero at zero, and nothing else next to it, such as ``log(1 + x)`` or
-``relu(x) - relu(x - 6)``; nor one that is linear on one side of zero and curved on the other, such as
-``where(x > 0, x + 1, exp(x))``; nor a softmax of it beside numbers, as of ``stack([x, 0])``, which is a sigmoid. To
-tell them apart, what is computed of a tensor is computed of some points, too.
+``relu(x - t) - relu(-x - t)``. (It has one where it changes its sign beside zero, as ``1 + 5 tanh(x)`` does.) Nor has
+one that is zero at zero, and nothing else next to it, such as ``log(1 + x)`` or ``relu(x) - relu(x - 6)``; nor one that
+is linear on one side of zero and curved on the other, such as ``where(x > 0, x + 1, exp(x))``; nor a softmax of it
+beside numbers, as of ``stack([x, 0])``, which is a sigmoid. To tell them apart, what is computed of a tensor is
+computed of some points, too.
 """
 
 from __future__ import annotations

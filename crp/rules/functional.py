@@ -44,6 +44,10 @@ class Gate(_Shared):
     deviation in a norm is, and the weights of experts that a router chooses. A factor that a softmax has made is
     treated as ``attention`` says. Where relevance would be split between two factors that are made of one tensor entry
     by entry, as in ``h * relu6(h + 3) / 6``, the product is an activation, and hands its relevance on to that tensor.
+    Such factors are multiplied first, in whatever order a model does so: ``a * b * sigmoid(a)`` is ``silu(a) * b``.
+
+    How relevance is split hangs on how a model is written otherwise: in ``(a * b) * c``, ``c`` takes half; `torch.lerp`
+    is ``a + w * (b - a)``; and a softmax of two tensors is one, and not the sigmoid of their difference.
 
     Parameters
     ----------

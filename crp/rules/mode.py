@@ -19,16 +19,7 @@ from torch.overrides import TorchFunctionMode
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.entrywise import (
-    _OF_EXPONENTIALS,
-    BEGINNING,
-    _entrywise,
-    _function_in,
-    _is_of_several,
-    _itself,
-    _known,
-    _of_mask,
-)
+from crp.rules.entrywise import _OF_EXPONENTIALS, BEGINNING, _entrywise, _function_in, _is_of_several, _known, _of_mask
 from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
 from crp.rules.layer import Layer, _in_words, changed
@@ -161,7 +152,7 @@ class SeeingMode(TorchFunctionMode):
             return (*map(self._see, results), *constant)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would run the operation again in the backward pass, where no rule acts.
-            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _itself):
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
                 return self._see(op)
         return self._see(op)
 
@@ -171,8 +162,7 @@ class SeeingMode(TorchFunctionMode):
             with self:  # (the function asks whether a mode is to be told of itself)
                 return rebound(op.function, has_torch_function=lambda values: False)(*op.args, **op.kwargs)
         op.take_apart()
-        of_factors = self.products.regrouped(op, self.notes.common) if op.known.canonical in _PRODUCTS else None
-        if of_factors is not None:
+        if op.known.canonical in _PRODUCTS and (of_factors := self.products.regrouped(op, self.notes.common)):
             with self:
                 result = of_factors()
             return self._written(op.args[0], result) if op.is_in_place else result
