@@ -57,7 +57,7 @@ class Pass(Rule):
             return None
         if function.activation is None:  # (an exponential behind which a number stands may be too small to divide by)
             return function.exponent() if layer.known.has("arithmetic") else None
-        if function.is_copied:
+        if function.sources[function.activation].is_copied:
             raise InputError(
                 f"{layer} makes an activation of numbers before it, as of a hard sigmoid, so that all is one "
                 "function: no relevance flows through what is named as a layer inside. Name one before, or behind"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from crp.rules.curves import _ACTIVATIONS, _IDENTITY, _STACKING, _born_of, _Curve, _curve, _is_curved
-from crp.rules.functions import look_up
+from crp.rules.functions import _arguments_of, look_up
 from crp.rules.layer import changed
 from crp.rules.notes import Born, Note, Notes
 from crp.rules.operation import Operation, _is_one_number
@@ -85,11 +85,6 @@ class _Entrywise:
     is_softmax: bool = False
     activation: Note | None = None
     gives: int | None = None
-
-    @property
-    def is_copied(self) -> bool:
-        """Whether a layer's output is between it and what it is one activation of."""
-        return self.activation is not None and self.sources[self.activation].is_copied
 
     def exponent(self) -> Tensor | None:
         """The latest tensor that it is a function of, and that is no gate, nor what one is made of."""
@@ -196,12 +191,12 @@ def _common(call: Any, read: Mapping[Note, Mapping[Note, _Source]]) -> dict[Note
 
 def _put_together(op: Operation) -> Operation:
     """Where one entry along an axis is padded with numbers, what puts these side by side with it."""
-    (x, ends), mode, value = op.args, op.kwargs["mode"], op.kwargs["value"] or 0
+    given = _arguments_of(op.known, op.function, op.args, op.kwargs)
+    x, ends, is_constant = given["input"], given["pad"], given.get("mode", "constant") == "constant"
     padded = [(-1 - k, pair) for k, pair in enumerate(zip(ends[::2], ends[1::2], strict=True)) if any(pair)]
-    if len(padded) != 1 or mode != "constant" or x.shape[padded[0][0]] != 1 or min(ends) < 0:
+    if len(padded) != 1 or not is_constant or x.shape[padded[0][0]] != 1 or min(ends) < 0:
         return op
-    ((axis, (before, after)),) = padded
-    number = torch.full_like(x, value)
+    ((axis, (before, after)),), number = padded, torch.full_like(x, given.get("value") or 0)
     tensors = [number] * before + [x] + [number] * after
     return replace(op, function=torch.cat, args=(tensors, axis), kwargs={}, known=look_up(torch.cat))
 

@@ -195,10 +195,11 @@ class GLU(Linearized):
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """First half, scaled by the gate; for ``"split"`` also the second half, from which the gate is made."""
         signal, below = inputs[0].chunk(2, layer.arguments.get("dim", -1))
-        gate = below.sigmoid()
-        if self.mode == "signal":
-            return [(signal, gate)]
-        return [(signal, gate / 2), (below, torch.where(below == 0, 0.0, signal * gate / 2 / below))]
+        gate, note = below.sigmoid(), self._note_of(layer.inputs[0])
+        of_gate = torch.where(below == 0, 0.0, signal * gate / below)
+        if note is not None and note.flags & Born.DIVISOR:  # (as in a product: what divides is held constant)
+            return [(below, of_gate)]
+        return [(signal, gate)] if self.mode == "signal" else [(signal, gate / 2), (below, of_gate / 2)]
 
 
 class Quotient(Linearized):

@@ -213,6 +213,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     ),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     "glu": ("input", "dim"),
+    "pad": ("input", "pad", "mode", "value"),
     "hardtanh": ("input", "min_val", "max_val", "inplace"),
     "clamp": ("input", "min", "max"),
     "clamp_min": ("input", "min"),

@@ -165,6 +165,7 @@ BY_EXPONENTIALS = {
     "columns": (torch.sigmoid, lambda a: torch.cat([a[..., None], ZERO.expand(3, 6, 1)], -1).softmax(-1).select(-1, 0)),
     "padded": (torch.sigmoid, lambda a: F.pad(a[..., None], (1, 0)).softmax(-1)[..., 1]),
     "padded_rows": (torch.sigmoid, lambda a: F.pad(a[:, None], (0, 0, 0, 1), value=0.0).softmax(1)[:, 0]),
+    "padded_by_aten": (torch.sigmoid, lambda a: torch.ops.aten.pad(a[None], [0, 0, 0, 0, 0, 1]).softmax(0)[0]),
     "taken_apart": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).unbind(1)[0]),
     "in_chunks": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).chunk(2, 1)[0].squeeze(1)),
     "rest": (torch.sigmoid, lambda a: 1 - torch.stack([a, 0 * a], 1).softmax(1)[:, 1]),
