@@ -113,7 +113,7 @@ class _Products:
         ValueError
             If relevance shall flow through what is multiplied in another order.
         """
-        values, divides = (*op.args, *op.kwargs.values()), op.known.canonical == "div"
+        values, divides = op.factors(), op.known.canonical == "div"
         known, orders = [self._found(value) for value in values], list[tuple[Any, Any, bool, Any, bool]]()
         if len(values) != 2 or not any(known) or _are_of_one(x := values[0], y := values[1], common):
             return None

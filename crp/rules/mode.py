@@ -322,7 +322,7 @@ class SeeingMode(TorchFunctionMode):
         if op.known.canonical in _RANKING or (is_constant and any(map(self.notes.is_chosen, op.inputs))):
             self.notes.add_choice(result)
         if op.known.canonical in _PRODUCTS and not op.overwrites:
-            self.products.add(result, (*op.args, *op.kwargs.values()), op.known.canonical == "div")
+            self.products.add(result, op.factors(), op.known.canonical == "div")
         elif op.known.canonical == "clone" and "memory_format" in op.kwargs:
             self.products.add_copy(result, op.inputs[0])
 

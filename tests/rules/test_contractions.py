@@ -188,6 +188,7 @@ ORDERS = {
     "silu_divided": (F.silu, lambda a, b: a * b / (1 + (-a).exp())),
     "silu_divided_before": (F.silu, lambda a, b: b / (1 + (-a).exp()) * a),
     "silu_divided_in_two": (F.silu, lambda a, b: a * (b / (1 + (-a).exp()))),
+    "silu_divided_in_words": (F.silu, lambda a, b: torch.div(other=1 + (-a).exp(), input=torch.mul(other=a, input=b))),
     "silu_by_einsum": (F.silu, lambda a, b: torch.einsum("ti,ti->ti", a * b, a.sigmoid())),
     "gelu": (F.gelu, lambda a, b: a * b * 0.5 * gelu_factor(a)),
     "gelu_scaled_later": (F.gelu, lambda a, b: 0.5 * (gelu_factor(a) * (b * a))),
