@@ -52,7 +52,7 @@ def _base(
     """
     refused = _Refused(method)
     products: LayerMap = [
-        (Functions(("addr", "ger", "kron", "outer")), refused),
+        (Functions(("addr", "kron", "outer")), refused),
         (Kind("product"), _ConstantWeights(method)),
     ]
     if attention is not None:

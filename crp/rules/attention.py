@@ -167,7 +167,8 @@ class MatrixProduct(_Attending):
     The operands share the relevance equally. With ``"constant"``, those that a softmax has made are held constant, then
     those of squashing functions, and exponentials, whose sum may divide the product, while others are left, which take
     all. Weights that a ReLU or the like has made cannot be told from values, and share. What chooses among experts, or
-    is one over something, is always held constant. What is only added, such as a bias, has the ordinary chain rule.
+    is one over something, is always held constant, except for values that a softmax weights. What is only added, such
+    as a bias, has the ordinary chain rule.
 
     Parameters
     ----------
@@ -230,6 +231,8 @@ _HELD = (Born.DIVISOR, Born.ROUTED, Born.SOFTMAX, Born.SQUASHED, Born.EXPONENTIA
 def _held_constant(born: Sequence[int], mode: Attention) -> int:
     """What makes factors of a product constant (`Born`), from what is known of all factors: at least one is left."""
     held = 0
+    if all(one & (Born.SOFTMAX | Born.DIVISOR) for one in born):  # (what a softmax weights are values)
+        born = [one & ~Born.DIVISOR for one in born]
     for flags in _HELD if mode == "constant" else _HELD[:2]:
         others = [one & flags for one in born if not one & held]
         held |= flags if any(others) and not all(others) else 0

@@ -149,6 +149,11 @@ class Operation:
         """An argument by name."""
         return _arguments_of(self.known, self.function, self.args, self.kwargs).get(name)
 
+    def factors(self) -> list[Any]:
+        """Operands of a product or a quotient in order, and what else it is given."""
+        given = _arguments_of(self.known, self.function, self.args, self.kwargs)
+        return [given.pop("input"), given.pop("other"), *given.values()]
+
     def _words(self) -> list[str]:
         """Arguments that are words."""
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, str)]

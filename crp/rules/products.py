@@ -179,20 +179,6 @@ class SoftmaxDifference(_Decomposed):
         return self.through(layer, t)
 
 
-class GLUDifference(_Decomposed):
-    r"""Gated linear unit, :math:`a \, \sigma(b)` of the two halves of its input: a product."""
-
-    def compare(self, layer: Layer, reference: Layer) -> Tensor:
-        """Return the gated values."""
-        self.beyond(layer, exact=True)
-        dim = layer.arguments.get("dim", -1)
-        (a, b), (a0, b0) = layer.inputs[0].chunk(2, dim), reference.inputs[0].chunk(2, dim)
-        with torch.no_grad():
-            gate, gate0 = b.sigmoid(), b0.sigmoid()
-            opened = slope(torch.sigmoid, b.detach(), b0, gate, gate0) * (a + a0) / 2
-        return self.through(layer, a * (gate + gate0) / 2 + opened * b)
-
-
 def _written_attention(
     query: Tensor,
     key: Tensor,

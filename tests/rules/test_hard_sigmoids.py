@@ -168,6 +168,9 @@ BY_EXPONENTIALS = {
     "one": (torch.sigmoid, lambda a: torch.softmax(torch.stack([a, torch.zeros_like(a)], -1), -1)[..., 0]),
     "halves": (torch.sigmoid, lambda a: torch.stack([-a / 2, a / 2]).softmax(0)[1]),
     "columns": (torch.sigmoid, lambda a: torch.cat([a[..., None], ZERO.expand(3, 6, 1)], -1).softmax(-1).select(-1, 0)),
+    "padded": (torch.sigmoid, lambda a: F.pad(a[..., None], (1, 0)).softmax(-1)[..., 1]),
+    "padded_rows": (torch.sigmoid, lambda a: F.pad(a[:, None], (0, 0, 0, 1), value=0.0).softmax(1)[:, 0]),
+    "padded_by_aten": (torch.sigmoid, lambda a: torch.ops.aten.pad(a[None], [0, 0, 0, 0, 0, 1]).softmax(0)[0]),
     "taken_apart": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).unbind(1)[0]),
     "in_chunks": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).chunk(2, 1)[0].squeeze(1)),
     "rest": (torch.sigmoid, lambda a: 1 - torch.stack([a, 0 * a], 1).softmax(1)[:, 1]),
@@ -199,6 +202,34 @@ def test_an_activation_is_the_same_however_it_is_written(name, preset):
 @pytest.mark.parametrize("name", BY_EXPONENTIALS)
 def test_exponentials_of_one_tensor_beside_numbers_are_an_activation(name, kind):
     plain, spelled = (seeded(Net(activation)) for activation in BY_EXPONENTIALS[name])
+    assert_same_map(spelled, plain, DATA, kind())
+    assert_closes(spelled, DATA, kind())
+
+
+#: What is made of exponentials, or of a softmax, before an activation.
+OF_EXPONENTIALS = {
+    "each": lambda a: a.exp() - 1.5,
+    "sum": lambda a: (0.3 * a).exp().sum(-1, keepdim=True).expand(a.shape) - 1,
+    "weighted": lambda a: a.exp() @ numbers(6, 6, seed=5),
+    "softmax": lambda a: 10 * a.softmax(-1) - 2,
+}
+#: Activations, and how else they are written.
+ACTIVATIONS = {
+    "relu6": (F.hardsigmoid, lambda t: F.relu6(t + 3) / 6),
+    "clamp": (F.hardsigmoid, lambda t: (t + 3).clamp(0, 6) / 6),
+    "two_relus": (F.hardsigmoid, lambda t: (F.relu(t + 3) - F.relu(t - 3)) / 6),
+    "difference": (F.relu6, lambda t: F.relu(t) - F.relu(t - 6)),
+    "softmax": (torch.sigmoid, lambda t: torch.stack([t, 0 * t]).softmax(0)[0]),
+    "of_sum": (F.softplus, lambda t: torch.stack([0 * t, t]).logsumexp(0)),
+}
+
+
+@pytest.mark.parametrize("kind", [composites.EpsilonPlus, composites.AttnLRP, composites.RelP])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("below", OF_EXPONENTIALS)
+def test_an_activation_of_exponentials_is_the_same_however_it_is_written(below, name, kind):
+    made = OF_EXPONENTIALS[below]
+    plain, spelled = (seeded(Net(lambda a, f=f: f(made(a / 3)))) for f in ACTIVATIONS[name])
     assert_same_map(spelled, plain, DATA, kind())
     assert_closes(spelled, DATA, kind())
 
@@ -291,6 +322,8 @@ AROUND_EXPONENTIALS = {
     "softplus": lambda a: torch.log(1 + a.exp()),
     "sigmoid": lambda a: 1 / (1 + torch.exp(-a)),
     "expm1": lambda a: a.exp() - 1,
+    "logit": lambda a: a.sigmoid().logit(),
+    "hardly_anything": lambda a: (-100 * a.abs()).exp() + 3,
 }
 
 
