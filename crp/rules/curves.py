@@ -104,7 +104,8 @@ def _is_symmetric(values: Tensor) -> Tensor:
 def _begins_at_zero(values: Tensor) -> Tensor:
     """Whether a function is zero at zero, and not all around it, nor linear."""
     below, middle, above = _rises(values)
-    next_to_it = torch.maximum(below[0].nan_to_num().abs(), above[0].nan_to_num().abs())
+    # (where a logarithm ends, it is infinite, which tells nothing)
+    next_to_it = torch.stack([below[0], above[0]]).nan_to_num(0.0, 0.0, 0.0).abs().amax()
     is_line = (values - above[-1] / _AMOUNTS[-1] * _POINTS).abs() <= 1e-6 * values.abs()
     return (middle[0].abs() <= 1e-6 * next_to_it) & (next_to_it > 0) & ~is_line.all()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from crp.errors import InputError
-from crp.layers.devices import can_be_read
+from crp.layers.devices import can_be_read, holds
 from crp.rules.entrywise import _Entrywise, _itself
 from crp.rules.functions import look_up
 from crp.rules.layer import Layer, changed
@@ -107,6 +107,15 @@ class _OfExponentials:
             else:
                 ordered[todo.pop()] = None
         return list(ordered)
+
+    def exponents(self) -> list[Tensor]:
+        """What its exponentials are of, and softmaxes."""
+        return [
+            tensor
+            for made in self.calls()
+            if not made.below
+            for tensor in (made.leaves if made.original is None else made.original.exponents())
+        ]
 
     def again(self, *leaves: Tensor) -> Tensor:
         """The same of other leaves, without rules."""
@@ -267,9 +276,19 @@ def _divisor(op: Operation, below: Mapping[int, _OfExponentials]) -> _OfExponent
         return read[0] if named.get("p") == 1 else None
     if len(read) != 2 or name not in ("div", "mul") or (name == "mul" and read[0].is_inverse == read[1].is_inverse):
         return None
-    divisor = read[1] if name == "div" or read[1].is_inverse else read[0]
+    dividend, divisor = read if name == "div" or read[1].is_inverse else read[::-1]
     is_norm = divisor.is_weighting and any(made.is_quotient for made in divisor.calls())  # (of what was attended to)
-    return divisor if divisor.is_summed and not is_norm else None
+    return divisor if divisor.is_summed and not is_norm and _is_of_the_same(dividend, divisor) else None
+
+
+def _is_of_the_same(dividend: _OfExponentials, divisor: _OfExponentials) -> bool:
+    """Whether two are made of the same exponents, which may have been computed twice, or the same softmax."""
+
+    def is_one(a: Tensor, b: Tensor) -> bool:
+        return a is b or (a.shape == b.shape and holds(lambda: (a == b).all()))
+
+    others = divisor.exponents()
+    return any(is_one(a, b) for a in dividend.exponents() for b in others)
 
 
 def _only_weighs(op: Operation, read: Sequence[_OfExponentials]) -> bool:

@@ -54,7 +54,7 @@ BUDGETS = {
     "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3987,
+    "composites": 3985,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2029,
@@ -67,7 +67,7 @@ BUDGETS = {
     "outputs": 391,
     "metrics": 1129,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 8053,
+    "rules": 8156,
     # (along which axis the channels of a layer are)
     "trace": 1347,
     "types": 158,

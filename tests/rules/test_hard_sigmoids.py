@@ -273,6 +273,13 @@ def test_other_numbers_keep_their_share(name):
     torch.testing.assert_close(found, torch.where(cut(a) == 0, 0, r * a / (a + number)), rtol=1e-9, atol=1e-12)
 
 
+def test_a_small_number_before_a_logarithm_keeps_its_share():
+    """Infinite at minus this number, the logarithm was taken for small at zero."""
+    a, r = 0.05 * numbers(4, 6), numbers(4, 6, seed=1)
+    (found,), _ = explain(lambda a: torch.log(a.square() + 1e-3), [a], r, lrp("split"))
+    torch.testing.assert_close(found, r * a.square() / (a.square() + 1e-3), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("number", [3.0, 3 * ONE], ids=["python", "tensor"])
 def test_numbers_are_read_at_each_call(number):
     a, r, shift = 2 * numbers(4, 6), numbers(4, 6, seed=1), [number]
