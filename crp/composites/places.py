@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
 
-from crp.layers import modules_of, referencing
+from crp.layers import OfThread, modules_of, referencing
 
 
 class Places:
@@ -27,7 +26,6 @@ class Places:
         self._running: list[tuple[str, int]] = []
         self._calls: dict[str, int] = {}
         self._handles: list[Any] = []
-        self._thread = 0
 
     @property
     def now(self) -> tuple[str, int]:
@@ -36,10 +34,9 @@ class Places:
 
     def track(self) -> None:
         """Begin to follow a forward pass, in this thread."""
-        self._thread = get_ident()
         for name, module in self.model.named_modules():
             if module is not self.model:
-                self._handles += _hook(module, partial(self._enter, name), self._leave)
+                self._handles += _hook(module, OfThread(partial(self._enter, name)), OfThread(self._leave))
 
     def stop(self) -> None:
         """End of the forward pass."""
@@ -50,12 +47,12 @@ class Places:
         self._calls.clear()
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        if get_ident() == self._thread and not referencing():
+        if not referencing():
             self._calls[name] = self._calls.get(name, -1) + 1
             self._running.append((name, self._calls[name]))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if get_ident() == self._thread and not referencing() and self._running:
+        if not referencing() and self._running:
             self._running.pop()
 
     def names(self) -> dict[int, str]:

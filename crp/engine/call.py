@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import TypeAlias
 
 import torch
@@ -40,7 +40,7 @@ from crp.engine.targets import (
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
 from crp.notices import warn
-from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFactory, Sinks
+from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFactory, MaskFn, Sinks
 from crp.wording import first_few
 
 #: ``(call, composite, rows) -> results, or None``
@@ -107,7 +107,8 @@ class Call:
                 "set attribution.MODEL_OUTPUT_NAME to another name"
             )
         conditions = check_conditions(conditions, settings.output_name, settings.start, settings.init_rel is not None)
-        check_layers(model, [] if settings.start is None else [settings.start], "start_layer")
+        if settings.start is not None:
+            check_layers(model, [settings.start], "start_layer")
         if overrides.broadcast is None:
             rows = Rows.broadcast(len(inputs), conditions)
         else:
@@ -123,7 +124,7 @@ class Call:
             settings = replace(settings, channels_last=not usual and Encoding.of(composite).multiplier)
         call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
         for layer in call.conditioned:
-            row_masks({}, layer, settings.mask_map, call._multiplies())
+            call._masks({}, layer)
         return call
 
     def parts(self) -> Iterator[Part]:
@@ -302,9 +303,11 @@ class Call:
         layers = self.rows.layers(self.settings.output_name)
         return not self.settings.exclude_parallel and any(name != self.settings.start for name in layers)
 
-    def _multiplies(self) -> bool:
-        """Whether a gradient flows, or multipliers, and not relevance itself."""
-        return not _rules_by_hand(self.model) if self.composite is None else Encoding.of(self.composite).multiplier
+    def _masks(self, rows: Mapping[int, Condition], layer: str, n_entries: int = 1) -> list[MaskFn]:
+        """Mask functions of a layer, as the conditions of rows say."""
+        is_gradient = self.composite is None and not _rules_by_hand(self.model)
+        multiplies = is_gradient or Encoding.of(self.composite).multiplier
+        return row_masks(rows, layer, self.settings.mask_map, multiplies, n_entries)
 
     def _samples(self, rows: Rows) -> tuple[int, ...]:
         """Sample of each column of a forward pass for these rows, which share columns if they may."""
@@ -339,9 +342,7 @@ class Call:
             prediction = passed.of_rows(root, rows, copy=not last)
         start = Starts.of_each(self.given.start.to(prediction)) if self.given else self._start(prediction, passed, rows)
         backward = (self.overrides.backward or send_back) if self._masks_in_flow() else None
-        make_masks: MakeMasks = partial(row_masks, mask_map=self.settings.mask_map, multiplies=self._multiplies())
-        if self.given is not None:
-            make_masks = self.given.make_masks
+        make_masks: MakeMasks = self.given.make_masks if self.given else self._masks
         return prediction, start, _send_rows_back(passed, rows, start, self.settings, make_masks, backward, last)
 
     def _explains_positions(self, rows: Rows) -> bool:

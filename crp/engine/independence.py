@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
-from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -219,11 +218,11 @@ def _looking_at(model: nn.Module) -> Iterator[Snapshot]:
     """Context in which a model runs unseen by hooks that are not its own, and after which it is as it was."""
     as_it_was, nothing_told = undisturbed(model, later=model.parameters()), lambda _: None  # (told where it explains)
     with put_on(None, model, nothing_told), looking(), torch.no_grad(), as_it_was as snapshot:
-        modules, thread = modules_of(model).values(), get_ident()
+        modules = modules_of(model).values()
         parts = set(map(id, modules))
 
         def silent(hook: Callable[..., Any]) -> Callable[..., Any]:
-            return hook if id(getattr(hook, "__self__", None)) in parts else _OfOtherThreads(hook, thread)
+            return hook if id(getattr(hook, "__self__", None)) in parts else _OfOtherThreads(hook)
 
         with _changed_hooks(modules, silent):
             yield snapshot
