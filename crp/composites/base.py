@@ -37,14 +37,13 @@ from crp.engine.encoding import Propagation
 from crp.errors import InputError, StateError
 from crp.layers import ByChainRule, modules_of, referencing, uncompiled, unwrap, without_parameter_gradients
 from crp.layers.interrupts import atomic, undivided
+from crp.layers.nested import changed, tensors_in
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
 from crp.rules.kernels import _in_registries
-from crp.rules.layer import changed
 from crp.rules.packed import _packed_seen
 from crp.trace import Structure, structure, tracing
-from crp.trace.recorder import tensors_in
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 #: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.

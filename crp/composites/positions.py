@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
+from crp.layers.nested import tensors_in
 from crp.trace import Structure, looking, undisturbed
-from crp.trace.recorder import tensors_in
 
 if TYPE_CHECKING:
     from crp.composites.operations import Operations

@@ -18,7 +18,8 @@ from crp.composites.matching import SeenOperation
 from crp.errors import InputTypeError
 from crp.layers import evaluating, hooked, referencing, tracing
 from crp.layers.misfits import telling_misfits
-from crp.rules.layer import _in_words, changed
+from crp.layers.nested import changed
+from crp.rules.layer import _in_words
 from crp.wording import counted
 
 CHAIN_RULE = "ordinary chain rule"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from crp.layers.nested import tensors_in
 from crp.wording import counted
 
 
@@ -73,7 +73,7 @@ class PlainSums:
 
     def watch_call(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
         """Forward hook for the model."""
-        made = tree_leaves(getattr(output, "logits", output))
+        made = tensors_in(getattr(output, "logits", output))
         for number, node in enumerate(filter(_adds_branches, _nodes(made))):
             node.register_prehook(lambda _gradients, number=number: self.passed.add(number))
 
@@ -93,9 +93,9 @@ def _adds_branches(node: Any) -> bool:
     return node.name() in ("AddBackward0", "SubBackward0") and all(below for below, _ in node.next_functions)
 
 
-def _nodes(outputs: Iterable[Any]) -> list[Any]:
-    """All nodes of the graph of the tensors among these outputs, each once."""
-    todo = [getattr(output, "grad_fn", None) for output in outputs]
+def _nodes(outputs: Iterable[Tensor]) -> list[Any]:
+    """All nodes of the graph of these outputs, each once."""
+    todo: list[Any] = [output.grad_fn for output in outputs]
     nodes: dict[Any, None] = {}
     while todo:
         node = todo.pop()

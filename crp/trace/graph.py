@@ -21,8 +21,8 @@ from crp.flags import check_flags
 from crp.layers import evaluating, find_layers, modules_of, unwrap
 from crp.layers.addresses import Address
 from crp.layers.misfits import telling_misfits
+from crp.layers.nested import tensors_in
 from crp.trace import FunctionCall, ModuleCall, Node, Reader, Trace, trace, tracing
-from crp.trace.recorder import tensors_in
 
 __all__ = [
     "Adjacency",
