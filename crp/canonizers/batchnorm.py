@@ -18,10 +18,10 @@ from zennit.core import RemovableHandleList
 from crp.canonizers.folding import fold
 from crp.canonizers.norms import _rest_of, has_batch_norm, is_batch_norm, obstacle
 from crp.canonizers.places import Place, Plan, Side, _Candidate, _Linear, _merge_obstacle, _plan_of
-from crp.layers import OfThread
+from crp.layers import OfThread, tracing
 from crp.layers.interrupts import undivided
 from crp.notices import warn
-from crp.trace import Passive, Structure, known, recorded, structure, tracing
+from crp.trace import Passive, Structure, known, recorded, structure
 from crp.wording import first_few
 
 

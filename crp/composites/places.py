@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -72,17 +71,3 @@ def _hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., An
         nn.Module.register_forward_pre_hook(module, before, **keywords),
         nn.Module.register_forward_hook(module, after, always_call=True),
     ]
-
-
-class _Lasting:
-    """Handle of a context that lasts until it is removed."""
-
-    def __init__(self, state: AbstractContextManager[Any]) -> None:
-        state.__enter__()
-        self._state: AbstractContextManager[Any] | None = state
-
-    def remove(self) -> None:
-        """Leave the context."""
-        state, self._state = self._state, None
-        if state is not None:
-            state.__exit__(None, None, None)

@@ -23,7 +23,7 @@ from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
 from crp.layers.devices import device_of
 from crp.layers.interrupts import atomic
-from crp.layers.state import GENERATORS, Snapshot, random_states, undisturbed
+from crp.layers.state import GENERATORS, Snapshot, random_numbers, undisturbed
 from crp.notices import warn
 from crp.wording import first_few, percent
 
@@ -52,7 +52,7 @@ class FirstLook:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self.is_first = model, model not in _looked_at
-        self._states = _states_of(model) if self.is_first else []
+        self._states = random_numbers([device_of(model)]) if self.is_first else []
 
     def check(self, inputs: Inputs, passes: Iterator[Sequence[int]], select: Callable[[Any], Any]) -> None:
         """Check what the model did for these samples; as `check_independent`, and whether it would do so again."""
@@ -60,7 +60,7 @@ class FirstLook:
         check_independent(model, inputs, chain([first], passes), select)
         if not self.is_first or model in _looked_at or is_traced():
             return
-        has_drawn = not all(map(np.array_equal, self._states, _states_of(model)))
+        has_drawn = not all(map(np.array_equal, self._states, random_numbers([device_of(model)])))
         may_draw = has_drawn or State(model).leads_to(GENERATORS)
         if may_draw and _depends_on_draws(model, inputs.select([0])):
             _warn_of_draws(model)
@@ -157,12 +157,6 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
     _keeping_nothing.add(model)
     if is_random:
         _warn_of_draws(model)
-
-
-def _states_of(model: nn.Module) -> list[Any]:
-    """States of the global random generators that a model may draw from, in parts that can be compared."""
-    states = [state for state, _ in random_states([device_of(model)])]
-    return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
 
 
 def _warn_of_draws(model: nn.Module) -> None:

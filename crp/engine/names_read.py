@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import gc
-import random
 import sys
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from types import CodeType, FrameType, ModuleType
@@ -15,6 +14,7 @@ from torch import nn
 
 from crp.engine.model_state import _SETTLED, State, _key_of, _package
 from crp.engine.recordings import NotReplayableError
+from crp.layers.state import random_numbers
 
 #: Functions through which values are read, and which no operation of torch tells of.
 _READING = {
@@ -61,7 +61,7 @@ class NamesRead:
     def __enter__(self) -> NamesRead:
         if sys.getprofile() is not None:
             raise NotReplayableError("a profiler sees each call")
-        self._random, self._collects = _random_numbers(), gc.isenabled()
+        self._random, self._collects = random_numbers(), gc.isenabled()
         gc.disable()  # (others are called when garbage is collected, wherever that is)
         sys.setprofile(self._see)
         return self
@@ -73,7 +73,7 @@ class NamesRead:
         unknown = [name for key, name in self._called.items() if key not in {*self._functions, *self._state.functions}]
         if unknown:
             self._why = f"{unknown[0]} takes something from around it"
-        elif _random_numbers() != self._random:
+        elif not all(map(np.array_equal, random_numbers(), self._random)):
             self._why = "random numbers were drawn"
         elif not self.are_same():
             self._why = "a name stands for something else than when it was read, or for what cannot be looked at"
@@ -148,9 +148,3 @@ def _names_of_module(name: str, package: str) -> Iterator[str]:
         full = ".".join([*above[:length], name]).strip(".")
         if full in sys.modules and full.partition(".")[0] not in _SETTLED:
             yield full
-
-
-def _random_numbers() -> list[object]:
-    """State of generators of random numbers; those of torch are drawn by its operations."""
-    of_numpy: Any = np.random.get_state()  # noqa: NPY002 (what a model may draw from)
-    return [random.getstate(), bytes(of_numpy[1]), *of_numpy[2:]]

@@ -89,6 +89,12 @@ def random_states(devices: Iterable[torch.device]) -> Iterator[tuple[Any, Callab
             yield module.get_rng_state(**place), partial(module.set_rng_state, **place)
 
 
+def random_numbers(devices: Iterable[torch.device] = ()) -> list[Any]:
+    """The same states in parts that `numpy.array_equal` compares."""
+    states = [state for state, _ in random_states(devices)]
+    return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
+
+
 def version_of(tensor: Tensor) -> int | None:
     """Count of in-place changes, shared by all views; None where torch keeps no count."""
     return None if tensor.is_inference() else tensor._version
