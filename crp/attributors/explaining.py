@@ -13,12 +13,12 @@ from crp.attributors.scores import known_target
 from crp.attributors.selected import Selected
 from crp.attributors.target import Classes, Neuron, Target
 from crp.checks import check_number
-from crp.composites.registry import ALIASES, find_known, nearest_names
+from crp.composites.registry import ALIASES, find_known
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_function
-from crp.wording import shortened
+from crp.wording import nearest, shortened
 
 #: What methods are called elsewhere.
 _ALIASES = {**ALIASES, "ig": "intgrad", "integrated_gradients": "intgrad"}
@@ -149,7 +149,7 @@ def _entry(name: object) -> Entry:
     known = entries()
     found = find_known(name, known, _ALIASES)
     if found is None:
-        raise InputError(f"there is no method {name!r}; {nearest_names(name, known)}there are {', '.join(known)}")
+        raise InputError(f"there is no method {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return known[found]
 
 
@@ -161,10 +161,8 @@ def find_method(name: str) -> Method:
 def _check_options(method: Method, options: dict[str, Any]) -> None:
     for name in options:
         if name not in method.options:
-            near = nearest_names(name, method.options)
-            raise InputError(
-                f"method {method.name!r} has no option {name!r}; {near}it has {', '.join(sorted(method.options))}"
-            )
+            near, has = nearest(name, method.options), ", ".join(sorted(method.options))
+            raise InputError(f"method {method.name!r} has no option {name!r}{near}; it has {has}")
     missing = [name for name, default in method.options.items() if default is ... and name not in options]
     if missing:
         hint = ", the name of a layer with positions, such as the last convolution" if "layer" in missing else ""

@@ -19,7 +19,7 @@ from crp.engine.taps import check_layers, outputs_meant, tapped
 from crp.engine.targets import _ONE_SCORE
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
-from crp.layers.batch_of_one import _lay_out_alike
+from crp.layers.autograd import lay_out_alike
 from crp.layers.devices import device_of
 from crp.layers.interrupts import atomic
 
@@ -134,7 +134,7 @@ def explaining(
             output = select(returned) if layer is None else outputs_meant(taps, roles)[0][layer]
             what = "the model's output" if layer is None else f"the output of layer {layer!r}"
             check_columns(what, output, len(inputs))
-            _lay_out_alike([output])
+            lay_out_alike([output])
             return output
 
         yield run

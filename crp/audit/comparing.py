@@ -10,6 +10,7 @@ import numpy as np
 
 from crp.checks import check_choice, check_number
 from crp.errors import InputError
+from crp.visualization.analysis import cosines
 from crp.visualization.table.columns import SampleColumns
 from crp.visualization.table.ranking import once_per_sample, top_k
 from crp.visualization.table.recipe import tell_part
@@ -139,7 +140,7 @@ def compare(
         share, n_rows = _shares(tables, layer, mode, sample)
         best = [top_k(table, layer, mode, _kind(tables), k=n_references, samples=sample).sample for table in tables]
         common = np.array([len(np.intersect1d(*pair)) for pair in zip(best[0].T, best[1].T, strict=True)])
-        together = _correlations(tables, layer, by, sample)
+        together = cosines(_paired(tables, layer, by, sample, False), True)
         own, most = together.diagonal().copy(), together.max(1)
         partner = np.where(own == most, np.arange(len(own)), together.argmax(1))
         found[layer] = LayerComparison(share, common, min(map(len, best)), own, partner, most)
@@ -218,22 +219,3 @@ def _shares(tables: _Tables, layer: str, mode: str, sample: np.ndarray) -> tuple
     if not n:
         raise InputError(f"the tables in {tables[0].path} and {tables[1].path} explain no sample for the same class")
     return np.stack([np.sum([part[side] for part in sums], axis=0) / n for side in (1, 2)]), n
-
-
-def _correlations(tables: _Tables, layer: str, mode: str, sample: np.ndarray) -> np.ndarray:
-    """Correlation of each concept before with each after over the rows of both tables."""
-    shifts: list[np.ndarray] = []
-    sums: list[Any] = [0.0] * 5
-    n = 0
-    for pair in _paired(tables, layer, mode, sample, False):
-        shifts = shifts or [side.mean(0) for side in pair]  # (near the mean, so that little cancels below)
-        one, other = (side - shift for side, shift in zip(pair, shifts, strict=True))
-        parts = one.sum(0), other.sum(0), (one**2).sum(0), (other**2).sum(0), one.T @ other
-        sums, n = [total + part for total, part in zip(sums, parts, strict=True)], n + len(one)
-    spread = [square - total**2 / n for total, square in zip(sums[:2], sums[2:4], strict=True)]
-    # (what varies less than float32 can tell is rounding)
-    spread = [np.where(one > n * (1e-7 * shift) ** 2, one, 0.0) for one, shift in zip(spread, shifts, strict=True)]
-    scale = np.sqrt(np.outer(spread[0], spread[1]))
-    product: np.ndarray = sums[4] - np.outer(sums[0], sums[1]) / n
-    found: np.ndarray = np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
-    return found.clip(-1, 1)

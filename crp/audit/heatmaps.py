@@ -11,7 +11,7 @@ from zennit.core import Composite
 from crp.checks import check_number
 from crp.errors import InputError
 from crp.visualization.analysis import RowSelection
-from crp.visualization.feature import FeatureVisualization
+from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.table.derived import keep_result, read_kept
 from crp.visualization.table.store import Table
 
@@ -50,7 +50,7 @@ def keep_heatmaps(
     """
     check_number("size", size, 1, whole=True)
     check_number("batch_size", batch_size, 1, whole=True)
-    table = Table.open(fv.path)
+    table = table_of(fv)
     layer = table.layers[0]
     blocks = RowSelection(layer, table.modes[0], table.kinds[0], of_class=of_class).blocks(table, 0)
     samples = np.unique(np.concatenate([block.sample for block in blocks]))

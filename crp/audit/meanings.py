@@ -12,7 +12,7 @@ from torch import Tensor
 from crp.audit.semantics import clarity, embed_references, polysemanticity, redundancy, search
 from crp.checks import check_number
 from crp.errors import InputTypeError, NameNotFoundError
-from crp.visualization.feature import FeatureVisualization
+from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 
@@ -100,7 +100,7 @@ def meanings(
         if texts and embed_text is None:
             raise InputTypeError(f"texts such as {texts[0]!r} need embeddings: give a mapping, or embed_text=")
         texts = {text: embed_text(text) for text in texts} if embed_text is not None else {}
-    table = Table.open(fv.path)
+    table = table_of(fv, layer)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else concept_ids)
     embeddings = embed_references(fv, layer, ids.tolist(), embed, n=n, mode=mode)
     similarity = np.zeros((len(texts), len(ids)))

@@ -17,7 +17,7 @@ from crp.checks import check_number
 from crp.concepts import as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.errors import InputError
-from crp.visualization.feature import FeatureVisualization
+from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -100,8 +100,8 @@ def interventions(
     Interventions
     """
     check_number("scale", scale)
-    attribution, concept = fv.attribution, fv.layer_map[layer]
     numbers, ids, data, classes = read_samples(fv, layer, samples, concept_ids, targets, "interventions")
+    attribution, concept = fv.attribution, fv.layer_map[layer]
     if isinstance(data, list):
         if patch is not None:
             raise InputError(
@@ -140,7 +140,7 @@ def read_samples(
     given = as_ids(samples, what="samples")
     if not given:
         raise InputError(f"{what} need one sample at least")
-    table = Table.open(fv.path)
+    table = table_of(fv, layer)
     ids = table.concept_ids(layer, range(table.n_concepts(layer)) if concept_ids is None else concept_ids)
     data: Tensor | list[Asked]
     if fv.texts is not None:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
 
 from crp.commands.errors import FIGURES, CommandError
-from crp.commands.loading import EXISTING, _has_random_weights, _load, _picture_options, _weight_options
+from crp.commands.loading import _has_random_weights, _load, _picture_options, _weight_options
 from crp.commands.page import FoundConcepts, PageConcepts, concepts_of_picture
 from crp.commands.values import _plain, _read_settings, _values_of
 from crp.errors import LoadingError
@@ -63,8 +63,16 @@ _PAGE = ".html"
 _CLASSES = 5
 
 
+class _Picture(click.Path):
+    """File of a picture; who types a text in its place is told of ``--text``."""
+
+    def fail(self, message: str, *about: Any) -> NoReturn:
+        """Refuse what is no file."""
+        super().fail(f"{message} Texts are given by --text.", *about)
+
+
 @click.command()
-@click.argument("images", nargs=-1, type=EXISTING)
+@click.argument("images", nargs=-1, type=_Picture(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", required=True, help="Name in torchvision, timm:NAME, hf:NAME, or package.module:factory.")
 @_weight_options
 @click.option("--method", default="epsilon_plus_flat", show_default=True, help="See crp methods.")

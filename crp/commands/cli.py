@@ -8,15 +8,15 @@ from pathlib import Path
 import click
 
 from crp import __version__
-from crp.commands import attribute as attribute_commands
-from crp.commands import check as check_commands
-from crp.commands import classes as class_commands
-from crp.commands import compare as compare_commands
-from crp.commands import layers as layers_commands
-from crp.commands import mine as mine_commands
-from crp.commands import report as report_commands
-from crp.commands import table as table_commands
+from crp.commands.attribute import attribute, methods_command
+from crp.commands.check import check_command
+from crp.commands.classes import audit_command, clusters_command, prototypes_command
+from crp.commands.compare import compare_command
 from crp.commands.group import Commands, _saying_on_interrupt
+from crp.commands.layers import layers_command
+from crp.commands.mine import mine_command
+from crp.commands.report import report_command
+from crp.commands.table import merge_command, status
 
 
 @click.group(
@@ -59,18 +59,11 @@ def demo(out: Path, epochs: int, seed: int, batch_size: int, overwrite: bool, qu
     click.echo(str(figures._replace(seconds=time.perf_counter() - start)))  # with the time of the imports
 
 
-cli.add_command(attribute_commands.methods_command)
-cli.add_command(attribute_commands.attribute)
-cli.add_command(layers_commands.layers_command)
-cli.add_command(check_commands.check_command)
-cli.add_command(mine_commands.mine_command)
-cli.add_command(table_commands.status)
-cli.add_command(table_commands.merge_command)
-cli.add_command(class_commands.prototypes_command)
-cli.add_command(class_commands.audit_command)
-cli.add_command(class_commands.clusters_command)
-cli.add_command(compare_commands.compare_command)
-cli.add_command(report_commands.report_command)
+for _command in (
+    methods_command, attribute, layers_command, check_command, mine_command, status, merge_command, prototypes_command,
+    audit_command, clusters_command, compare_command, report_command,
+):  # fmt: skip
+    cli.add_command(_command)
 
 
 def main() -> None:

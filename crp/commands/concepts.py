@@ -56,10 +56,9 @@ def concepts_of_layers(model: nn.Module, words: Mapping[str, Sequence[str]], sam
         else:
             found |= dict.fromkeys(layers, concept)
     open_ones = [layer for layer in dict.fromkeys(open_ones) if layer not in found]
-    if sample is not None:
-        check_called_once(model, sample, [*found, *open_ones])
     if sample is None:
         return found | {layer: ChannelConcept() for layer in open_ones}  # mining will tell why
+    check_called_once(model, sample, [*found, *open_ones])
     return found | concepts_of_channels(model, sample, open_ones)
 
 

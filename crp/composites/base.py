@@ -297,8 +297,8 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
 
         Parameters
         ----------
-        data : Tensor
-            The ``number``-th of the model's inputs that are explained.
+        data, number : Tensor, and int
+            One of the model's inputs that are explained, and which, counted from 0.
 
         Returns
         -------

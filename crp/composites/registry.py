@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from crp.errors import InputError, InputTypeError, NameNotFoundError
-from crp.wording import shortened
+from crp.wording import nearest, shortened
 
 if TYPE_CHECKING:
     from crp.composites.base import Composite
@@ -66,7 +65,7 @@ def get(name: str, **keywords: Any) -> Composite:
     found = find_known(name, _registry, ALIASES)
     if found is None:
         raise NameNotFoundError(
-            f"there is no composite {name!r}; {nearest_names(name, names())}there are {', '.join(names())} "
+            f"there is no composite {name!r}{nearest(name, names())}; there are {', '.join(names())} "
             "(crp.explain has other methods)"
         )
     return _registry[found](**keywords)
@@ -80,12 +79,6 @@ def find_known(name: str, known: Iterable[str], aliases: Mapping[str, str]) -> s
     own = {one: one for one in known}
     of_plain = {_plain(other): one for other, one in {**aliases, **own}.items()}
     return own.get(name) or of_plain.get(_plain(name))
-
-
-def nearest_names(name: str, known: Iterable[str]) -> str:
-    """Nearest names for the middle of a message: ``"nearest: 'a', 'b'; "``, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"nearest: {', '.join(map(repr, near))}; " if near else ""
 
 
 def _plain(name: str) -> str:

@@ -32,7 +32,7 @@ from crp.layers import (
 )
 from crp.layers.interrupts import atomic
 from crp.notices import warn
-from crp.wording import counted
+from crp.wording import first_few
 
 
 class _Placed(NamedTuple):
@@ -107,7 +107,7 @@ def composite_on(
 
     Parameters
     ----------
-    model : nn.Module
+    model, modules : nn.Module, and its `modules_of` where they are known
     composite : zennit.core.Composite, optional
         It may be on the model already.
 
@@ -256,10 +256,11 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
         _check_not_nested(use)
         undo.callback(_forget, use)
         USES.append(use)
-        training = undo.enter_context(evaluating(model, modules.values()))
+        training = set(undo.enter_context(evaluating(model, modules.values())))
         if training and "eval" not in vars(model):  # (an exported program has no mode, and an `eval` that refuses)
+            names = [name or type(model).__name__ for name, module in modules.items() if module in training]
             tell(
-                f"the model is in training mode ({counted(len(training), 'module')}); it is explained in evaluation "
+                f"the model is in training mode ({first_few(names, 3, 'modules')}); it is explained in evaluation "
                 "mode. Call model.eval() first to say so."
             )
         if not asked.isolates:
@@ -288,8 +289,7 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
 
 def _check_chain_rule(modules: dict[str, nn.Module], composite: Composite) -> None:
     """Refuse parts of a model that need the ordinary chain rule, under composites that propagate relevance itself."""
-    exempt = [name for name, module in modules.items() if isinstance(module, ByChainRule)]
-    if exempt:
+    if exempt := [name for name, module in modules.items() if isinstance(module, ByChainRule)]:
         raise InputTypeError(
             f"layer {exempt[0]!r} needs the ordinary chain rule, and {_kind(composite)} propagates relevance itself. "
             "Use one of crp.composites"

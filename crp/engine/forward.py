@@ -17,7 +17,7 @@ from crp.engine.starts import Arrivals
 from crp.engine.taps import check_layers, outputs_meant, tapped
 from crp.errors import InputError, InputTypeError
 from crp.layers import evaluating, hooked, referencing, unwrap
-from crp.layers.batch_of_one import _lay_out_alike
+from crp.layers.autograd import lay_out_alike
 from crp.layers.devices import send_to
 from crp.notices import kind_of, warn
 from crp.types import AttributionResults, Sinks
@@ -101,7 +101,7 @@ class ForwardPass:
             _check_explained("the model's output", output)
             check_columns("the model's output", output, len(inputs))
         layers, references = outputs_meant(taps, roles)
-        _lay_out_alike([*layers.values()] if output is None else [output, *layers.values()])
+        lay_out_alike([*layers.values()] if output is None else [output, *layers.values()])
         for layer in layers:
             _check_layer(layer, roles[layer], layers[layer], inputs)
         if reference is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -130,7 +131,7 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.values[self.names[0]])
 
-    @property
+    @cached_property
     def explained(self) -> Tensors:
         """What is explained of each input, of shape (samples, *input shape): of token ids, their embeddings."""
         return tuple(self.embedded[name].values if name in self.embedded else self.values[name] for name in self.names)

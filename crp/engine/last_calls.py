@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from crp.layers.autograd import graph_nodes
 from crp.layers.nested import tensors_in
 from crp.wording import counted
 
@@ -74,7 +75,7 @@ class PlainSums:
     def watch_call(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
         """Forward hook for the model."""
         made = tensors_in(getattr(output, "logits", output))
-        for number, node in enumerate(filter(_adds_branches, _nodes(made))):
+        for number, node in enumerate(filter(_adds_branches, graph_nodes(made))):
             node.register_prehook(lambda _gradients, number=number: self.passed.add(number))
 
     def problem(self) -> str | None:
@@ -91,15 +92,3 @@ class PlainSums:
 def _adds_branches(node: Any) -> bool:
     """Whether a node of the graph adds or subtracts two tensors that both depend on what is explained."""
     return node.name() in ("AddBackward0", "SubBackward0") and all(below for below, _ in node.next_functions)
-
-
-def _nodes(outputs: Iterable[Tensor]) -> list[Any]:
-    """All nodes of the graph of these outputs, each once."""
-    todo: list[Any] = [output.grad_fn for output in outputs]
-    nodes: dict[Any, None] = {}
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in nodes:
-            nodes[node] = None
-            todo += [below for below, _ in node.next_functions]
-    return [*nodes]

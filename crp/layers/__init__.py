@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -16,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from crp.errors import InputTypeError, NameNotFoundError
 from crp.layers.interrupts import atomic
 from crp.notices import kind_of
-from crp.wording import first_few
+from crp.wording import first_few, nearest
 
 _active: ContextVar[object] = ContextVar("crp_trace", default=None)
 _referencing: ContextVar[bool] = ContextVar("referencing", default=False)
@@ -252,11 +251,9 @@ class LayerNotFoundError(NameNotFoundError, ValueError):
     """
 
     def __init__(self, name: object, known: Iterable[str], role: str = "layer", where: str = "model") -> None:
-        in_lower_case = {k.lower(): k for k in known if k}
-        near = difflib.get_close_matches(str(name).lower(), in_lower_case, n=3, cutoff=0.3)
-        hint = ", ".join(repr(in_lower_case[n]) for n in near)
-        hint = hint or f"none; there are {first_few(list(map(repr, in_lower_case.values())), 5) or 'no layers'}"
-        super().__init__(f"<{role}> {name!r} not found in {where}; nearest names: {hint}")
+        names = [one for one in known if one]
+        hint = nearest(name, names) or f"; there are {first_few(list(map(repr, names)), 5) or 'no layers'}"
+        super().__init__(f"<{role}> {name!r} not found in {where}{hint}")
 
 
 class OfThread:

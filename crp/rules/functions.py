@@ -6,7 +6,6 @@ spellings of a function are one: `F.relu`, `torch.relu_`, `Tensor.relu`, ``torch
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +21,7 @@ from crp.errors import InputError
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born
 from crp.rules.operands import PARSERS, Parse
 from crp.rules.spellings import _plain, name_of
+from crp.wording import nearest
 
 #: Kinds of operations. An affine function is a "product" if both of its operands depend on the input.
 KINDS = ("convolution", "dense", "activation", "normalization", "product", "pooling", "embedding")
@@ -374,9 +374,7 @@ def check_names(names: Sequence[str]) -> None:
     known = {*_ENTRIES, *_ALIASES, *map(name_of, functions), *map(_plain, operators)}
     for name in unknown:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            nearest = f"; nearest: {', '.join(map(repr, near))}" if near else ""
-            raise InputError(f"there is no function {name!r} of torch{nearest}")
+            raise InputError(f"there is no function {name!r} of torch{nearest(name, known)}")
 
 
 def _arguments_of(

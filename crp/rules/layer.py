@@ -226,6 +226,8 @@ class Layer:
             call without a weight has none to modify; a second tensor is then its second operand.
         bias : callable, Tensor or bool, optional
             Modifier of the bias, or another bias; that of the weight by default; False leaves it out.
+        *others : Tensor
+            Further operands of a call without a weight.
 
         Returns
         -------
@@ -272,7 +274,7 @@ class Layer:
             mine = {id(tensor) for tensor in self.inputs}
             args, kwargs = changed((list(self.args), dict(self.kwargs)), lambda t: next(new) if id(t) in mine else t)
             if self.module is not None:  # (which may change them in place)
-                args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+                args, kwargs = changed((args, kwargs), Tensor.clone)
             return self.function(*args, **kwargs)
 
     def itself(self, a: Tensor) -> Any:
@@ -336,11 +338,6 @@ def _adds_by_itself(a: Tensor) -> bool:
 def _no_rule(method: str, layer: Layer) -> str:
     """Message that a method has no rule for a call."""
     return f"{method} has no rule for {layer}; give one in layer_map, or None for the ordinary chain rule"
-
-
-def _works_in_place(module: nn.Module) -> bool:
-    """Whether a module, or a part of it, overwrites its input."""
-    return any(getattr(part, "inplace", False) for part in module.modules())
 
 
 def modified(weight: Tensor, modifier: Modifier) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_map_only
 
+from crp.layers.autograd import graph_nodes
 from crp.layers.interrupts import atomic
 from crp.layers.packed import is_packed
 from crp.rules.functions import _enter, look_up
@@ -115,16 +116,9 @@ class _ByWeights(torch.autograd.Function):
 
 def _has_derivative(output: Tensor, inputs: Iterable[Tensor]) -> bool:
     """Whether autograd knows the derivative of all that has made an output of inputs."""
-    todo, seen = [output.grad_fn], {input.grad_fn for input in inputs if input is not output}
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        if node.name().endswith("NotImplemented"):  # (of an operator that is registered without one)
-            return False
-        seen.add(node)
-        todo += [function for function, _ in node.next_functions]
-    return output.requires_grad
+    nodes = graph_nodes([output], [input for input in inputs if input is not output])
+    # (an operator that is registered without one has a node of that name)
+    return output.requires_grad and not any(node.name().endswith("NotImplemented") for node in nodes)
 
 
 def _parse(

@@ -14,7 +14,7 @@ from crp.layers import referencing, tracing
 from crp.notices import kind_of
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function, activation
-from crp.rules.layer import Layer, _works_in_place, changed
+from crp.rules.layer import Layer, changed
 from crp.trace.recorder import tensors_in
 
 
@@ -80,11 +80,11 @@ class Whole(Rule):
 
     def register(self, module: nn.Module) -> RemovableHandleList:
         """Put the rule on a module, in a composite of zennit."""
-        known, kept, changes_input = activation(type(module).__name__), [], _works_in_place(module)
+        known, kept = activation(type(module).__name__), list[tuple[Any, dict[str, Any]]]()
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
             kept.append((args, kwargs))
-            return (changed(args, Tensor.clone), kwargs) if changes_input else None
+            return changed((args, kwargs), Tensor.clone)  # (the module may overwrite what it is given)
 
         def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             args, kwargs = kept.pop()

@@ -176,22 +176,40 @@ def similarity(
         Symmetric; 0 for a concept that never varies from zero (from its mean).
     """
     check_choice("kind", kind, Literal["cosine", "correlation"])
-    product: Any = 0.0
-    total: Any = 0.0
-    shift: Any = None
+    values = (block.value.astype(np.float64) for block in rows.blocks(table))
+    return cosines(((value, value) for value in values), kind == "correlation")
+
+
+def cosines(pairs: Iterable[tuple[Array, Array]], centred: bool) -> Array:
+    """Cosine of each column on the left with each on the right, whose rows come some at a time.
+
+    Parameters
+    ----------
+    pairs : iterable of (array of shape (rows, left), array of shape (rows, right)), float64
+    centred : bool
+        Whether of the columns less their means: their correlation.
+
+    Returns
+    -------
+    array of shape (left, right), float64
+        0 where a column never varies from zero (from its mean, by more than float32 can tell).
+    """
+    check_flags(centred=centred)
+    shifts: list[Any] = []
+    sums: list[Any] = [0.0] * 5
     n = 0
-    for block in rows.blocks(table):
-        value = block.value.astype(np.float64)
-        if shift is None:  # near the mean, so that little cancels below
-            shift = value.mean(axis=0) if kind == "correlation" else 0.0
-        value = value - shift
-        product = product + value.T @ value
-        total = total + value.sum(axis=0)
-        n += len(value)
-    if kind == "correlation":
-        product = product - np.outer(total, total) / n
-    norm = np.sqrt(np.clip(np.diag(product), 0, None))
-    scale = np.outer(norm, norm)
+    for pair in pairs:  # (less the first means, so that little cancels below)
+        shifts = shifts or [side.mean(axis=0) if centred else np.zeros(1) for side in pair]
+        left = pair[0] - shifts[0]
+        right = left if pair[1] is pair[0] else pair[1] - shifts[1]  # (one array times itself is exactly symmetric)
+        parts = left.sum(0), right.sum(0), (left**2).sum(0), (right**2).sum(0), left.T @ right
+        sums, n = [total + part for total, part in zip(sums, parts, strict=True)], n + len(left)
+    *ends, product = sums
+    if centred:
+        product = product - np.outer(ends[0], ends[1]) / n
+        ends[2:] = (square - total**2 / n for total, square in zip(ends[:2], ends[2:], strict=True))
+    spread = [np.where(one > n * (1e-7 * at) ** 2, one, 0.0) for one, at in zip(ends[2:], shifts, strict=True)]
+    scale = np.outer(*map(np.sqrt, spread))
     cosine: Array = np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
     return cosine.clip(-1, 1)
 

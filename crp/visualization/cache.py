@@ -59,8 +59,7 @@ class Cache:
             First rank, and the rank after the last.
         composite : zennit Composite
         rf : bool
-        f_name : str
-        plot_name : str
+        f_name, plot_name, **kwargs : str
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement Cache.save")
 
@@ -122,7 +121,7 @@ class ImageCache(Cache):
         ----------
         ref_dict : mapping of id to list of images, or to a pair of lists
             One image (of each list) for each rank in ``r_range``; fewer, if there are no more.
-        layer_name, mode, r_range, composite, rf, func_name, plot_name
+        layer_name, mode, r_range, composite, rf, func_name, plot_name, **kwargs
             As in `Cache.save`.
 
         Raises

@@ -186,22 +186,16 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             If the table does not say enough; the message says what to give.
         """
         recipe = Table.open(path).header.recipe
-        if (model is None) != (dataset is None) or (preprocess_fn is not None and model is None):
-            raise InputError("model, dataset and preprocess_fn are given together, or loaded from the table together")
-        if model is None and output is not None:
-            raise InputError("output is given with model and dataset, or all are loaded from the table")
+        if (model is None) != (dataset is None) or (model is None and not preprocess_fn is output is None):
+            raise InputError("model, dataset, preprocess_fn and output are given together, or loaded from the table")
         if model is None:
-            opened = open_recipe(recipe)
-            model, dataset, preprocess_fn, output = opened.model, opened.dataset, opened.preprocess, opened.output
+            model, dataset, preprocess_fn, _, output = open_recipe(recipe)
         elif output is None and isinstance(recipe.get("output"), Mapping):
             raise LoadingError(
-                f"the table was mined with output={recipe['output'].get('function')}, which says what is explained of "
-                "what the model returns; give output="
+                f"the table was mined with output={recipe['output'].get('function')}; give output= with the model"
             )
-        if layer_map is None:
-            layer_map = make_layer_map(recipe)
-        attribution = CondAttribution(model, output=output)
-        return cls(attribution, dataset, layer_map, preprocess_fn, path=path, **settings)
+        layer_map = make_layer_map(recipe) if layer_map is None else layer_map
+        return cls(CondAttribution(model, output=output), dataset, layer_map, preprocess_fn, path=path, **settings)
 
     def run(
         self,
@@ -290,6 +284,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         (stop,) = as_ids([len(self.dataset) if data_end is None else data_end], what="data_end")
         own = function_of(self.multitarget_to_single)
         labels = None if own is SampleAccess.multitarget_to_single else LabelTargets(self.multitarget_to_single)
+        marks = {**self._identity(dataset=False), "single_targets": fingerprint(None if labels is None else own)}
         settings: MiningKeywords = {
             "batch_size": batch_size,
             "shard_size": min(checkpoint, SHARD_BATCHES) * batch_size,
@@ -297,15 +292,12 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             "single_targets": labels,
             "on_device": on_device,
             "device": torch.device(self.device),
-            "fingerprints": {
-                **self._identity(dataset=False),
-                "single_targets": fingerprint(None if labels is None else own),
-            },
+            "fingerprints": marks,
         }
         if taken := [name for name in options if name in settings]:
             raise InputTypeError(f"{taken[0]} is said by FeatureVisualization itself; mine() takes it")
-        keywords: dict[str, Any] = {**settings, **options, "start": begin, "stop": stop}
-        keywords["recipe"] = {"preprocess": in_words(self.preprocess_fn)} | dict(options.get("recipe") or {})
+        recipe = {"preprocess": in_words(self.preprocess_fn)} | dict(options.get("recipe") or {})
+        keywords: dict[str, Any] = {**settings, **options, "start": begin, "stop": stop, "recipe": recipe}
         try:
             table = mine(self.attribution, self._samples_mined(), self.layer_map, composite, self.path, **keywords)
         except SampleError as error:
@@ -360,8 +352,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
                 folders.write_size(results.folder, results.SAMPLE_SIZE)
             layers = table.layers if best.mode in table.modes else ()
             names[f"{key}_max"] = [folders.max_prefix(best.folder, layer) for layer in layers]
-            of_layers = [folders.stats_prefixes(stats.folder, layer, targets) for layer in layers]
-            names[f"{key}_stats"] = [name for names_of_layer in of_layers for name in names_of_layer]
+            names[f"{key}_stats"] = [n for one in layers for n in folders.stats_prefixes(stats.folder, one, targets)]
         return names
 
     def report(self, path: str | Path, composite: Composite | None = None, **options: Any) -> Path:
@@ -382,8 +373,18 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
             The first page.
         """
         # (by name: a report asks feature visualizations, which need none)
-        found: Path = importlib.import_module("crp.visualization.report").write_report(self, composite, path, **options)
-        return found
+        return Path(importlib.import_module("crp.visualization.report").write_report(self, composite, path, **options))
+
+
+def table_of(fv: object, *layers: str) -> Table:
+    """Table of a `FeatureVisualization` in which layers are; anything else is refused."""
+    if not isinstance(fv, FeatureVisualization):
+        raise InputTypeError(f"fv must be a FeatureVisualization, not {type(fv).__name__}")
+    table = Table.open(fv.path)
+    for layer in layers:
+        fv._concept(layer)
+        table.n_concepts(layer)
+    return table
 
 
 def _check_complete(table: Table, files: set[str], covered: tuple[int, int] | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from crp.errors import LoadingError
+from crp.wording import nearest
 
 #: Words before the colon of a model's name.
 PREFIXES = ("timm", "hf")
@@ -118,8 +118,7 @@ def _of_timm(name: str, pretrained: bool, n_classes: int | None = None) -> Found
     timm: Any = importlib.import_module("timm")
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise LoadingError(f"there is no model {name!r} in timm; nearest: {', '.join(near) or 'none'}")
+        raise LoadingError(f"there is no model {name!r} in timm{nearest(architecture, timm.list_models())}")
     model = timm.create_model(name, pretrained=pretrained, **({} if n_classes is None else {"num_classes": n_classes}))
     data: Any = importlib.import_module("timm.data")
     config = data.resolve_model_data_config(model)

@@ -15,11 +15,11 @@ from crp.checks import check_number
 from crp.concepts import as_ids
 from crp.concepts.reading import activation_sums
 from crp.engine.door import check_seed
-from crp.errors import InputError, InputTypeError, NameNotFoundError
+from crp.errors import InputError
 from crp.flags import check_flags
 from crp.image.colours import as_picture
 from crp.notices import warn
-from crp.visualization.feature import FeatureVisualization
+from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.mining.recipe import in_words
 from crp.visualization.objectives import Objective
 from crp.visualization.samples import SampleAccess, function_of
@@ -88,7 +88,7 @@ def keep_maximized(
         If samples are no pictures, or there is no concept.
     """
     check_flags(verbose=verbose, add=add)
-    table = _table_of(fv, layer)
+    table = table_of(fv, layer)
     every = range(table.n_concepts(layer))
     ids = table.concept_ids(layer, every if concept_ids is None else as_ids(concept_ids, layer)).tolist()
     if not ids:
@@ -136,19 +136,6 @@ def keep_maximized(
     return _keep(table, layer, list(kept) if add else ids, kept, about)
 
 
-def _table_of(fv: object, layer: str) -> Table:
-    """Table of what was mined, which has the layer."""
-    if not isinstance(fv, FeatureVisualization):
-        raise InputTypeError(f"fv must be a FeatureVisualization, not {type(fv).__name__}")
-    table = Table.open(fv.path)
-    if layer not in table.layers or layer not in fv.layer_map:
-        raise NameNotFoundError(
-            f"layer {layer!r} must be among those that were mined, {', '.join(table.layers)}, and in the layer_map of "
-            f"fv, {', '.join(fv.layer_map)}"
-        )
-    return table
-
-
 def _ends_of_range(fv: FeatureVisualization) -> tuple[Tensor, Tensor] | None:
     """What black and white pictures are prepared to, where each value is only scaled and shifted; None otherwise.
 
@@ -157,7 +144,7 @@ def _ends_of_range(fv: FeatureVisualization) -> tuple[Tensor, Tensor] | None:
     (Tensor, Tensor) or None
         Of shape (1, channels, height, width).
     """
-    shown = fv.get_data_sample(int(Table.open(fv.path).rows().sample[0]), preprocessing=False)[0].detach()
+    shown = fv.get_data_sample(int(table_of(fv).rows().sample[0]), preprocessing=False)[0].detach()
     if not _prepares(fv) or not shown.is_floating_point():
         return None
     grey = torch.linspace(0, 1, shown.numel(), dtype=shown.dtype, device=shown.device).view_as(shown)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from crp.notices import kind_of
 from crp.visualization.checkpoints import _in_a_line, fill, n_classes_of, read_checkpoint
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
-from crp.wording import counted
+from crp.wording import counted, nearest
 
 #: Errors of Pillow about a file that is no picture, or a damaged one.
 NOT_READ = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -391,9 +390,3 @@ def _classes_called(name: str, classes: Sequence[str]) -> list[int]:
     """Classes of a name; in any case, where none is spelt alike."""
     exact = [index for index, one in enumerate(classes) if one == name]
     return exact or [index for index, one in enumerate(classes) if one.casefold() == name.strip().casefold()]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Nearest names as the end of a message: ``"; nearest: a, b"``, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(near)}" if near else ""

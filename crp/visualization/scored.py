@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from crp.errors import InputError, InputTypeError, LoadingError
-from crp.visualization.models import imported, nearest
+from crp.visualization.models import imported
+from crp.wording import nearest
 
 #: Functions of `crp.outputs` that a word may name.
 _KINDS = ("entry", "segmentation", "detection")

@@ -18,8 +18,8 @@ from crp.visualization.decoding import Decoded
 from crp.visualization.mining.datasets import Pairs, indexed
 from crp.visualization.mining.marks import Source
 from crp.visualization.mining.texts import Texts
-from crp.visualization.models import NOT_READ, Loaded, _classes_called, called, imported, nearest
-from crp.wording import counted, first_few
+from crp.visualization.models import NOT_READ, Loaded, _classes_called, called, imported
+from crp.wording import counted, first_few, nearest
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -230,7 +230,7 @@ def _usual_places(source: Any) -> list[int | str | None]:
     return [0, 1] if isinstance(item, tuple | list) or hasattr(item, "keys") else [None]
 
 
-def as_list(label: Any) -> list[int]:
+def _as_list(label: Any) -> list[int]:
     """Classes of a label that lists them."""
     return list(label)
 
@@ -254,7 +254,7 @@ def _as_hot(label: Any) -> list[int]:
 
 
 #: What ``--multi-label`` says of labels.
-MULTI_LABEL = {"list": as_list, "hot": _as_hot}
+MULTI_LABEL = {"list": _as_list, "hot": _as_hot}
 
 
 def gives_pictures(pairs: Pairs | Decoded) -> bool:

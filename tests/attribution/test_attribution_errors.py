@@ -84,14 +84,14 @@ BEFORE = {
         conditions=[{"y": 1}, {"conv2": [0]}],
     ),
     "the output in another case": bad(ValueError, "{'Y': 1}; 'Y' is not 'y'", conditions=[{"Y": 1}]),
-    "a layer in another case": bad(KeyError, "nearest names: 'conv2'", conditions=[{"y": 1, "CONV2": [0]}]),
+    "a layer in another case": bad(KeyError, "nearest: 'conv2'", conditions=[{"y": 1, "CONV2": [0]}]),
     "S8 unknown layer": bad(
-        KeyError, "<conditions> 'conv3' not found in model; nearest names: 'conv", conditions=[{"y": 1, "conv3": [0]}]
+        KeyError, "<conditions> 'conv3' not found in model; nearest: 'conv", conditions=[{"y": 1, "conv3": [0]}]
     ),
     "S8 numbered layer": bad(KeyError, "<conditions> '7' not found in model", conditions=[{"y": 1, "7": [0]}]),
     "the root as a layer": bad(KeyError, "<conditions> '' not found in model", conditions=[{"y": 1, "": [0]}]),
     "unknown recorded layer": bad(
-        KeyError, "<record_layer> 'cnv2' not found in model; nearest names: 'conv2'", record_layer=["conv1", "cnv2"]
+        KeyError, "<record_layer> 'cnv2' not found in model; nearest: 'conv2'", record_layer=["conv1", "cnv2"]
     ),
     "recorded layer is no string": bad(
         TypeError, "<record_layer> layers are named by strings, as in model.named_modules(), not 1", record_layer=[1]
@@ -106,7 +106,7 @@ BEFORE = {
         TypeError, "record_layer must be a list of layer names, not <map", record_layer=map(str, ["conv1"])
     ),
     "unknown start layer": bad(
-        KeyError, "<start_layer> 'conv' not found in model; nearest names: 'conv", start_layer="conv", conditions=[{}]
+        KeyError, "<start_layer> 'conv' not found in model; nearest: 'conv", start_layer="conv", conditions=[{}]
     ),
     "start layer is no string": bad(
         TypeError,

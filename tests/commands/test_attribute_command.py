@@ -302,12 +302,12 @@ def test_grey_models_get_grey_pictures(place, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "model", "message"),
     [
-        ((), "squeezenet", "there is no model 'squeezenet' in torchvision; nearest: squeezenet1_"),
+        ((), "squeezenet", "there is no model 'squeezenet' in torchvision; nearest: 'squeezenet1_"),
         (("--weights", "IMAGENET"), "squeezenet1_1", "has no weights 'IMAGENET'; it has IMAGENET1K_V1, DEFAULT"),
         (("--weights", "DEFAULT", "--checkpoint", "net.pt"), "squeezenet1_1", "are both given; one fills the model"),
         (("--weights", "DEFAULT"), "nets_of_mine:net", "are those of torchvision's models"),
         ((), "nets_of_yours:net", "No module named 'nets_of_yours'; modules are looked for in"),
-        ((), "nets_of_mine:nets", "nets_of_mine has no 'nets'; nearest: net"),
+        ((), "nets_of_mine:nets", "nets_of_mine has no 'nets'; nearest: 'net'"),
         ((), "builtins:dict", "builtins:dict gives a dict, not a torch.nn.Module"),
         ((), "nets_of_mine:tokens", "is no score of classes"),
         (("--size", 9), "nets_of_mine:grey", "takes 72 features and gets a tensor of shape (1, 98)"),
@@ -322,7 +322,7 @@ def test_grey_models_get_grey_pictures(place, monkeypatch):
         (("--method", "epsilon", "--layer", "4"), "nets_of_mine:net", "layer '4' has no positions to draw"),
         (("--concept", 1), "nets_of_mine:net", "--concept needs the --layer that it is in"),
         (("--layer", "0", "--concept", 9), "nets_of_mine:net", "there is no channel 9"),
-        (("--layer", "O"), "nets_of_mine:net", "<--layer> 'O' not found in model; nearest names"),
+        (("--layer", "O"), "nets_of_mine:net", "<--layer> 'O' not found in model; there are '0', '1'"),
         (("--target", 5), "nets_of_mine:net", "target 5 is out of range"),
         (("--option", "steps"), "nets_of_mine:net", "must be NAME=VALUE"),
         (("--option", "steps=3"), "nets_of_mine:net", "no option 'steps'"),
@@ -353,7 +353,8 @@ def test_pictures_that_cannot_be_read_or_written(place):
     assert result.exit_code == 1 and "words.png is no picture that can be read" in result.output
     result = attribute(out="out.txt")
     assert result.exit_code == 1 and "must end in .png, .jpg, .pdf or .svg, or .html for a page" in result.output
-    assert run("attribute", "nothing.png", "--model", "x", "--out", "out.png").exit_code == 2
+    result = run("attribute", "a text", "--model", "x", "--out", "out.png")
+    assert result.exit_code == 2 and "'a text' does not exist. Texts are given by --text" in result.output
 
 
 def test_pictures_that_cannot_be_read_do_not_keep_others_from_being_explained(place):

@@ -163,7 +163,7 @@ def test_a_class_may_be_named(folder, monkeypatch):
     assert result.output.startswith("Sh\\x1b[1mip, prototype 0  100.0 % of samples"), "no control character"
     assert "more of channel 4" in crp("audit", folder, "a", "--least", 1).output
     for name, message in (
-        ("do", "'do' is no class; nearest: dog"),
+        ("do", "'do' is no class; nearest: 'dog'"),
         ("DOG", "'DOG' is no class; it is the name of the classes 1, 2"),
         ("zzz", "'zzz' is no class"),
     ):

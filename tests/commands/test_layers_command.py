@@ -140,7 +140,7 @@ def test_a_target_is_named_and_several_pictures_are_explained(here):
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in Path("explained").iterdir()) == ["0-0-2.png", "0-0.png", "0-1.png"]
     assert result.output.count("predicted ") == 3
-    for target, text in (("shop", "nearest: ship"), ("x", "--target 'x' is no class")):
+    for target, text in (("shop", "nearest: 'ship'"), ("x", "--target 'x' is no class")):
         assert text in crp("attribute", pictures[0], *options, "--target", target, "--out", "a.png").output
     assert "give --classes" in crp("attribute", pictures[0], *options[:-2], "--target", "ship", "--out", "a.png").output
     assert "name a folder" in crp("attribute", *pictures, *options, "--out", "a.png").output
@@ -193,7 +193,7 @@ def test_a_model_of_timm_has_its_preparation_and_names(here):
     assert (loaded.prepared.resize, loaded.prepared.size) == (236, 224)
     assert loaded.normalized.mean == pytest.approx((0.485, 0.456, 0.406))
     assert len(loaded.classes) == 1000 and "tench" in loaded.classes[0]
-    with pytest.raises(LoadingError, match="no model 'resnet1818' in timm; nearest: resnet"):
+    with pytest.raises(LoadingError, match="no model 'resnet1818' in timm; nearest: 'resnet"):
         load_model("timm:resnet1818")
 
 

@@ -485,7 +485,7 @@ def test_which_class_a_folder_is(tmp_path: Path, names: list[str], classes: list
         (
             ["ship", "truk"],
             ["ship", "truck"],
-            "'truk' is no class of the model, and others are; nearest: truck; rename",
+            "'truk' is no class of the model, and others are; nearest: 'truck'; rename",
         ),
         (["1", "2", "10"], [], "are the numbers 1 to 10, and the classes count from 0 to 2"),
         (["0", "1"], ["a", "b", "c"], "are the numbers 0 to 1, and the classes count from 0 to 2"),

@@ -111,9 +111,9 @@ def test_functions_of_ones_own_are_found(here):
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("segmentatoin", "must be entry:key=NAME, segmentation, detection, or package.module:function; nearest: segm"),
+        ("segmentatoin", "must be entry:key=NAME, segmentation, detection, or package.module:function; nearest: 'segm"),
         (" ", "must be entry:key=NAME"),
-        ("segmentation:were=all", "'were=all' must be NAME=VALUE of key, where, positive; nearest: where"),
+        ("segmentation:were=all", "'were=all' must be NAME=VALUE of key, where, positive; nearest: 'where'"),
         ("segmentation:where=some", "where must be one of 'own', 'all', not 'some'"),
         ("segmentation:positive=yes", "positive must be True or False, not 'yes'"),
         ("segmentation:where=all,where=own", "where is given twice"),
@@ -124,7 +124,7 @@ def test_functions_of_ones_own_are_found(here):
         ("entry", "must say which: entry:key=NAME"),
         ("entry:", "must say which: entry:key=NAME"),
         ("nothing_here:function", "the module nothing_here cannot be imported"),
-        ("dense_nets:of_pixel", "dense_nets has no 'of_pixel'; nearest: of_pixels"),
+        ("dense_nets:of_pixel", "dense_nets has no 'of_pixel'; nearest: 'of_pixels'"),
         ("dense_nets:number", "must be a function of what the model returns, not 3"),
         ("dense_nets:Kind", "must be a function of what the model returns"),
     ],
@@ -276,7 +276,7 @@ def test_a_table_of_an_output_is_opened_with_it(by_hand):
     plain = FeatureVisualization(CondAttribution(model), data, ["features.1"], path=path)
     with pytest.raises(TableMismatchError, match="another output"):
         plain.get_max_reference([0], "features.1", "activation", (0, 2), rf=False)
-    with pytest.raises(ValueError, match="output is given with model and dataset"):
+    with pytest.raises(ValueError, match="preprocess_fn and output are given together"):
         FeatureVisualization.open(path, output=segmentation())
 
 

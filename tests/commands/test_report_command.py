@@ -159,7 +159,7 @@ def test_a_table_of_python_code_needs_its_objects(tmp_path: Path) -> None:
         FeatureVisualization.open(tmp_path)
     fv = FeatureVisualization.open(tmp_path, model=make_net(), dataset=Data())
     assert fv.compute_stats(0, "fc")[0].shape == (3,)
-    with pytest.raises(ValueError, match="model, dataset and preprocess_fn are given together"):
+    with pytest.raises(ValueError, match="model, dataset, preprocess_fn and output are given together"):
         FeatureVisualization.open(tmp_path, model=make_net())
     result = crp("report", tmp_path)
     assert result.exit_code == 1 and result.output.startswith("Error: the table was not mined by crp mine")

@@ -91,7 +91,7 @@ def test_names_come_before_the_first_layer_before_the_layer_map():
 @pytest.mark.parametrize("maps", [{"layer_map": [("feature.2", Gamma())]}, {"name_map": [(["feature.2"], Gamma())]}])
 @pytest.mark.parametrize("error", [KeyError, ValueError])
 def test_unknown_names_are_errors_that_name_the_nearest(maps, error):
-    with pytest.raises(error, match=r"<(layer|name)_map> 'feature.2' not found in model; nearest names: 'features.2'"):
+    with pytest.raises(error, match=r"<(layer|name)_map> 'feature.2' not found in model; nearest: 'features.2'"):
         heatmap(stack(), Composite(**maps))
     with pytest.raises(LayerNotFoundError, match=r"'layer\*'"):
         by_layer(("layer*", Gamma()))

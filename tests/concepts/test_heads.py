@@ -316,7 +316,7 @@ def test_relevance_of_an_input_is_that_of_what_alone_made_it(make):
 def test_what_cannot_be_named():
     model, x = Named(), numbers(1, 3)
     attribution = CondAttribution(model)
-    with pytest.raises(KeyError, match=r"'fd.input' not found in model; nearest names: 'block.input'"):
+    with pytest.raises(KeyError, match=r"'fd.input' not found in model; nearest: 'block.input'"):
         attribution(x, [{"y": 0, "fd.input": [0]}], None)
     with pytest.raises(InputError, match=r"'fc.input', named as condition.*|layer 'fc.input' is called 2 times"):
         attribution(x, [{"y": 0, "fc.input": [0]}], None)

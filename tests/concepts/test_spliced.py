@@ -171,7 +171,7 @@ def test_composites_of_zennit_are_refused(model, data):
 
 
 WRONG = [
-    (KeyError, "'conv2' not found in model; nearest names: 'conv1'", "conv2", Identity(), {}),
+    (KeyError, "'conv2' not found in model; nearest: 'conv1'", "conv2", Identity(), {}),
     (TypeError, "code needs the methods encode and decode; Linear has no encode", "conv1", nn.Linear(C, C), {}),
     (ValueError, "axis must be a whole number, and not 0, that of the samples", "fc", Identity(), {"axis": 0}),
     (RuntimeError, "must match the size of tensor b", "body", autoencoder(), {"axis": -1}),

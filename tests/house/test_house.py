@@ -98,6 +98,35 @@ def test_links_lead_into_the_package(name):
     assert not Path(link.readlink()).is_absolute()
 
 
+def undocumented(function: ast.FunctionDef, text: str) -> list[str]:
+    """Parameters that a docstring lists others, but not them, nor says where theirs are described."""
+    section = re.search(r"^Parameters\n-+\n(.*?)(?=^\w[\w ]*\n-+\n|\Z)", text, re.M | re.S)
+    if section is None or re.search(r"parameters (of|are as in) `", text):
+        return []
+    entries = [line.partition(" : ")[0] for line in section[1].splitlines() if line[:1].strip()]
+    listed = {name.strip(" *") for entry in entries for name in entry.split(",")}
+    own = [
+        one.arg
+        for _, part in ast.iter_fields(function.args)
+        for one in (part if isinstance(part, list) else [part])
+        if isinstance(one, ast.arg)
+    ]
+    return [name for name in own if name not in {*listed, "self", "cls"} and name[0] != "_"]
+
+
+def test_docstrings_that_list_parameters_list_them_all():
+    missing = []
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            called = [node] if isinstance(node, ast.FunctionDef) else []
+            if isinstance(node, ast.ClassDef):
+                called = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
+            for function in called:
+                names = undocumented(function, ast.get_docstring(node) or "")
+                missing += [f"{name_of(path)}.{node.name}: {name}" for name in names]
+    assert missing == []
+
+
 def test_every_file_is_linted():
     pytest.importorskip("ruff")
     command = [sys.executable, "-m", "ruff", "check", "--show-files", "--no-cache"]

@@ -46,7 +46,7 @@ def test_found_layers_are_the_modules(vgg_bn):
 def test_unknown_layer_is_named_with_its_neighbours(vgg_bn, error):
     with pytest.raises(error) as caught:
         find_layers(vgg_bn, ["features.0", "feature.3"], "record_layer")
-    assert str(caught.value).startswith("<record_layer> 'feature.3' not found in model; nearest names: 'features.3'")
+    assert str(caught.value).startswith("<record_layer> 'feature.3' not found in model; nearest: 'features.3'")
 
 
 def test_the_model_itself_is_no_layer(vgg_bn):

@@ -609,14 +609,26 @@ def test_targets_of_every_class_are_rows_of_one_pass():
     assert isinstance(conv_net(lambda s, h: h), Net)
 
 
-def test_one_operation_may_overwrite_its_input_and_return_another_tensor(untouched):
-    block = nn.Sequential(nn.ReLU(inplace=True), nn.AvgPool1d(2))
-    model = nn.Sequential(nn.Identity(), block, nn.Linear(2, 1)).double().eval()
+class Twice(Rule):
+    """It runs the operation twice."""
+
+    def surrogate(self, layer, a):
+        return (layer(a) + layer(a)) / 2
+
+
+@pytest.mark.parametrize("call", [lambda block, x: block(x), lambda block, x: block(input=x)], ids=["place", "name"])
+@pytest.mark.parametrize("rule", [Norm(0.0), Twice(0.0)], ids=lambda rule: type(rule).__name__)
+def test_one_operation_may_overwrite_its_input_and_return_another_tensor(untouched, rule, call):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self[1](call(self[0], x * 1))
+
+    model = Net(nn.Sequential(nn.LeakyReLU(0.5, inplace=True), nn.AvgPool1d(2)), nn.Linear(2, 1)).double().eval()
     data = torch.tensor([[[-1.0, 2.0, 3.0, -4.0]]], dtype=torch.float64, requires_grad=True)
-    with untouched(model), Composite(None, layer_map=[("1", Whole(Norm(0.0)))]).context(model):
+    with untouched(model), Composite(None, layer_map=[("0", Whole(rule))]).context(model):
         (found,) = torch.autograd.grad(model(data).sum(), data)
-    weights = model[2].weight.detach()[None].repeat_interleave(2, 2)
-    wanted = weights * torch.tensor([0.0, 2.0, 3.0, 0.0]) / 2  # (what is cut off has no part in the means)
+    weights = model[1].weight.detach()[None].repeat_interleave(2, 2)
+    wanted = weights * torch.tensor([-0.5, 2.0, 3.0, -2.0]) / 2
     assert torch.allclose(found, wanted, rtol=1e-12)
 
 

@@ -76,9 +76,9 @@ def test_a_report_is_of_a_feature_visualization_in_a_folder(fv, tmp_path) -> Non
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"layer": "absent"}, "layer 'absent' must be among those that were mined, first, second"),
-        ({"layer": 2}, "layer 2 must be among those that were mined"),
-        ({"layer": None}, "layer None must be among those that were mined"),
+        ({"layer": "absent"}, "'absent' not found in layer_map; there are 'first', 'second'"),
+        ({"layer": 2}, "2 not found in layer_map"),
+        ({"layer": None}, "None not found in layer_map"),
         ({"concept_ids": 1.5}, "concept ids must be integers"),
         ({"concept_ids": [[0]]}, "concept ids must be integers"),
         ({"concept_ids": {0: 1}}, "concept ids must be integers"),
@@ -102,7 +102,7 @@ def test_settings_of_maximized_pictures(fv, changed: dict[str, Any], message: st
 
 def test_a_layer_that_is_not_in_the_map_is_told_of(fv, tmp_path) -> None:
     one = type(fv)(fv.attribution, fv.dataset, ["second"], path=fv.path)
-    with pytest.raises(KeyError, match="and in the layer_map of fv, second"):
+    with pytest.raises(KeyError, match="'first' not found in layer_map; there are 'second'"):
         keep_maximized(one, "first", steps=2)
 
 

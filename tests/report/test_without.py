@@ -242,5 +242,5 @@ def test_rows_of_a_layer_with_other_rows_are_not_known(n):
 
 def test_a_layer_that_the_model_lacks_is_told():
     masks = [ChannelConcept.mask(0, [0], "layers")]
-    with pytest.raises(KeyError, match="'layers' not found in model; nearest names: 'layer'"):
+    with pytest.raises(KeyError, match="'layers' not found in model; nearest: 'layer'"):
         predict_without(CondAttribution(Net()), torch.randn(1, 2, 5, 5).double(), "layers", masks)

@@ -215,6 +215,27 @@ def test_rule_keeps_the_forward_value_and_lets_the_next_layer_work_in_place():
             assert torch.isfinite(grad).all()
 
 
+class Turned(nn.Module):
+    """1 - 2x, in place or not; it says so nowhere."""
+
+    def __init__(self, overwrites):
+        super().__init__()
+        self.overwrites = overwrites
+
+    def forward(self, x):
+        return x.mul_(-2).add_(1) if self.overwrites else 1 - 2 * x
+
+
+def test_a_module_as_a_whole_may_overwrite_its_input_in_a_composite_of_zennit():
+    layer, x = nn.Linear(4, 5).double(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    composite, found = LayerMapComposite([(Turned, rules.Whole(rules.Epsilon(0.1)))]), []
+    for overwrites in (False, True):
+        with composite.context(nn.Sequential(layer, Turned(overwrites))) as model:
+            found.append(torch.autograd.grad(model(x).sum(), x)[0])
+    assert found[0].abs().sum() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0)
+
+
 def test_rules_can_be_batched_over_cotangents(case):
     layer, a = case
     for rule, _ in FORMS.values():

@@ -653,9 +653,9 @@ def test_unknown_layers_are_named_before_the_model_runs(mlp):
     with pytest.raises(LayerNotFoundError, match="<layer_names> '9'"):
         trace_model_graph(mlp, torch.zeros(1, 99), ["0", "9"])
     found = trace_model_graph(mlp, torch.zeros(1, 6, dtype=torch.float64), ["0"])
-    with pytest.raises(KeyError, match=r"'x'.*nearest names"):
+    with pytest.raises(KeyError, match=r"'x'.*; there are"):
         found.find_input_layers("x")
-    with pytest.raises(KeyError, match=r"'x'.*nearest names"):
+    with pytest.raises(KeyError, match=r"'x'.*; there are"):
         found.set_layer_names(["x"])
 
 

@@ -59,7 +59,7 @@ def test_attributes_and_order_of_the_parameters(tmp_path):
 
 
 def test_C17_a_misspelt_layer_is_named_at_once(tmp_path):
-    with pytest.raises(KeyError, match=r"<layer_map> 'frist' not found in model; nearest names: 'first'"):
+    with pytest.raises(KeyError, match=r"<layer_map> 'frist' not found in model; nearest: 'first'"):
         make_fv(tmp_path, layers=["frist"])
 
 

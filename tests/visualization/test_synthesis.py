@@ -223,7 +223,7 @@ def test_progress_is_shown_on_demand(softmax_model, capsys):
     ("objective", "error", "message"),
     [
         ("logit", TypeError, r"must be an Objective, such as log_probability\(3\), not 'logit'"),
-        (channel("feature.3", 0), KeyError, "nearest names: 'features.3'"),
+        (channel("feature.3", 0), KeyError, "nearest: 'features.3'"),
         (channel(LAYER, 6), IndexError, "layer 'features.3' has channels 0 to 5; there is no 6"),
         (logit(5), IndexError, "the model's output has channels 0 to 4; there is no 5"),
         (logit([0, 1]), ValueError, "one for each of 4 images, not 2"),

@@ -52,8 +52,8 @@ def draw_columns(
         From left to right.
     edges : mapping of (key, key) to float
         From a node to one of the next column; of an absolute value up to 1, which is the thickest.
-    places : sequence of float
-        Where columns are, of ``width``; further to the right where words of the first one need it.
+    places, width : sequence of float, and float
+        Where columns are, of the whole width; further to the right where words of the first one need it.
     """
     words = {
         key: _HALF_LETTER * len(node.label) + _GAP  # (half of the width that a word needs)

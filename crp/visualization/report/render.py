@@ -155,10 +155,10 @@ class SingleRenderer(Renderer):
 
     Parameters
     ----------
-    folder : Path
-        Where pictures and heatmaps are.
-    path : Path
-        The file.
+    folder, footer, pixelated, pictures
+        As in `Renderer`; pictures and heatmaps are in the folder.
+    path, title : Path, and str
+        The file, and its title.
     """
 
     single = True

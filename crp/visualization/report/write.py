@@ -19,7 +19,7 @@ from tqdm import tqdm
 from zennit.core import Composite
 
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
-from crp.visualization.feature import FeatureVisualization
+from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.maximized import check_can_be_shown, keep_maximized
 from crp.visualization.report.addresses import Addresses, is_one_file
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
@@ -106,7 +106,7 @@ def write_report(
 def _write(
     fv: FeatureVisualization, composite: Composite | None, folder: Path, file: Path | None, options: ReportOptions
 ) -> Path:
-    table = _table_of(fv)
+    table = table_of(fv)
     layers = _layers(table, options.layers)
     fv._lookup(layers[0], "relevance", (0, 1))  # refuses another model, dataset or preprocessing
     layers = fv.in_call_order(layers, int(table.rows().sample[0]))
@@ -227,12 +227,6 @@ def _render(atlas: Atlas, table: Table, composite: Composite | None, bar: Mappin
     for sample, targets in atlas.explained_for.items():
         for target in targets:
             write_sample(atlas, sample, target)
-
-
-def _table_of(fv: object) -> Table:
-    if not isinstance(fv, FeatureVisualization):
-        raise InputTypeError(f"fv must be a FeatureVisualization, not {type(fv).__name__}")
-    return Table.open(fv.path)
 
 
 def _layers(table: Table, layers: Sequence[str] | None) -> list[str]:

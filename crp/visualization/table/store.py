@@ -9,7 +9,6 @@ the moment the manifest lists it, and each (sample, target) counts once.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -45,6 +44,7 @@ from crp.visualization.table.manifest import (
 from crp.visualization.table.manifest import TableError as TableError
 from crp.visualization.table.recipe import _tell_changes, _tell_others
 from crp.visualization.table.shards import Query, check_shard, count_rows, read_blocks, read_record, read_rows
+from crp.wording import first_few, nearest
 
 #: What to do about a table of something else.
 ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
@@ -174,8 +174,8 @@ class Table:
             If the table has no rows yet.
         """
         if layer not in self.layers:
-            near = ", ".join(map(repr, difflib.get_close_matches(layer, self.layers, cutoff=0.3) or self.layers[:5]))
-            raise NameNotFoundError(f"layer {layer!r} was not mined into {self.path}; nearest: {near}")
+            near = nearest(layer, self.layers) or f"; it has {first_few(list(map(repr, self.layers)), 5)}"
+            raise NameNotFoundError(f"layer {layer!r} was not mined into {self.path}{near}")
         for shard in self.shards:
             if layer in shard.concepts:
                 return shard.concepts[layer]
