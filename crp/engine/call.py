@@ -23,7 +23,7 @@ from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.masks import Given, _check_channels, mask_factory, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
-from crp.engine.model_state import changed_weights, weights_of
+from crp.engine.model_state import Parts, changed_parts, parts_by_name
 from crp.engine.results import Part, _results_of, average, in_order
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
@@ -147,16 +147,16 @@ class Call:
         return result
 
     def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:
-        """Means of several runs; an error where weights are changed between two parts, which would be of two models."""
-        known, by_hand = dict[str, tuple[Tensor, int]](), False
+        """Means of several runs; an error where the model is another one for the next part than for those before."""
+        known, by_hand = Parts(), False
         chunks = self._chunks()
         for number in range(len(chunks)):
             # (a composite that was put on by hand, and is taken off now, may have merged weights)
             is_same = known and by_hand == is_on(self.composite, self.model)
-            if is_same and changed_weights(known, weights_of(self.model)):
+            if is_same and changed_parts(known, parts_by_name(self.model)):
                 # (another thread may have swapped weights for a while, and gives them back with its turn)
                 with put_on(None, self.model):
-                    changed = changed_weights(known, weights_of(self.model))
+                    changed = changed_parts(known, parts_by_name(self.model))
                 if changed:
                     raise InputError(
                         f"{first_few([repr(name) for name in changed], 5)} of the model changed between parts, which "
@@ -169,7 +169,7 @@ class Call:
                 look.check(self.inputs, map(self._samples, chunks), self.overrides.select)
             if number < len(chunks) - 1:
                 with TURNS.taken(parts_of(self.model)):  # (in its turn, another thread may have swapped weights)
-                    known, by_hand = weights_of(self.model), is_on(self.composite, self.model)
+                    known, by_hand = parts_by_name(self.model), is_on(self.composite, self.model)
             yield part.pop()
 
     def absorbed(self) -> AbsorbedRelevance:
