@@ -120,8 +120,8 @@ class Call:
             rows = Rows.of(range(len(inputs)), conditions)
         inputs = inputs.to(device)
         if channels_last:
-            usual = rows.layers(settings.output_name) or any(method is not None for method in vars(overrides).values())
-            settings = replace(settings, channels_last=not usual and Encoding.of(composite).multiplier)
+            is_plain = not (rows.layers(settings.output_name) or overrides.are_any)
+            settings = replace(settings, channels_last=is_plain and Encoding.of(composite).multiplier)
         call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
         for layer in call.conditioned:
             call._masks({}, layer)
