@@ -259,19 +259,15 @@ class Operations(SeeingMode):
         return choice, known
 
     def _step_aside(self) -> None:
-        # (leaving the mode is cheaper than passing every function through it)
-        if not self._aside and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+        # (leaving the mode is cheaper than passing every function through it; it cannot leave below another one)
+        self._aside = 1 if _get_current_function_mode() is self else 2  # type: ignore[no-untyped-call]
+        if self._aside == 1:
             self.__exit__(None, None, None)
-            self._aside = 1
-        else:
-            self._aside += 2
 
     def _step_back(self) -> None:
-        if self._aside == 1:
-            self._aside = 0
+        aside, self._aside = self._aside, 0
+        if aside == 1:
             self.__enter__()  # type: ignore[no-untyped-call]
-        elif self._aside > 1:
-            self._aside -= 2
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 

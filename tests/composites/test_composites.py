@@ -250,6 +250,20 @@ def test_an_input_that_is_held_by_something_gets_relevance(held, read, mlp, vect
     assert plain.grad.any() and torch.equal(inside.grad, plain.grad)
 
 
+def test_a_composite_on_what_another_one_s_model_calls_is_refused_also_where_no_module_holds_it(mlp, vectors):
+    class Calling(nn.Module):
+        def forward(self, x):
+            return held[0](x)
+
+    held = [mlp]
+    with (
+        EpsilonPlus().context(mlp),
+        EpsilonPlus().context(Calling()) as model,
+        pytest.raises(RuntimeError, match="EpsilonPlus and EpsilonPlus are on one model, or on a model and a part"),
+    ):
+        model(vectors.clone().requires_grad_())
+
+
 def test_composite_without_rules_is_gradient_times_input(vgg_bn, images):
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(vgg_bn(leaf)[:, 1].sum(), leaf)
