@@ -27,8 +27,8 @@ from crp.layers.state import GENERATORS, Snapshot, random_numbers, undisturbed
 from crp.notices import warn
 from crp.wording import first_few, percent
 
-#: Deviation of an output, relative to its largest value, up to which it is rounding; that of short numbers, with which
-#: GPUs also multiply those of 32 bits.
+#: Deviation of an output, relative to its largest value, by which kernels may differ; with short numbers, by which GPUs
+#: also multiply those of 32 bits, it is larger.
 _TOLERANCE, _SHORT_TOLERANCE = 1e-3, 0.02
 #: Models that predict each sample by itself, and those that give the same again, as far as was seen.
 _independent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -277,6 +277,7 @@ def _deviation(outputs: list[Tensor], others: list[Tensor]) -> float:
 
 
 def _tolerance(inputs: Inputs) -> float:
+    """Deviation of an output that is rounding, for data of this type on this device."""
     data = inputs.explained[0]
     is_short = data.element_size() < (8 if data.is_cuda else 4) or torch.is_autocast_enabled(data.device.type)
     return _SHORT_TOLERANCE if is_short else _TOLERANCE

@@ -107,20 +107,20 @@ class NamesRead:
 
     def _note_names_in(self, code: CodeType, names: Mapping[str, Any], kind: type) -> None:
         """Note names that a function looks up, and those of the class of its first argument."""
-        then = {code.co_name, *code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
+        inner = {code.co_name, *code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
         # (special methods, which no code names, may be functions of another name)
         of_classes = (entry for one in kind.__mro__ for entry in vars(one).items())
-        then |= {name for name, value in of_classes if getattr(value, "__code__", None) is code}
+        inner |= {name for name, value in of_classes if getattr(value, "__code__", None) is code}
         for step in dis.get_instructions(code):
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                self._note(names, names, step.argval, then, {id(names)})
+                self._note(names, names, step.argval, inner, {id(names)})
             elif step.opname == "IMPORT_NAME":
                 for name in _names_of_module(step.argval, str(names.get("__package__") or "")):
-                    self._note(sys.modules, sys.modules, name, then, set())
-        self._note_names_of(kind, then, set())
+                    self._note(sys.modules, sys.modules, name, inner, set())
+        self._note_names_of(kind, inner, set())
 
-    def _note(self, owner: object, names: Mapping[str, Any], name: str, then: Collection[str], done: set[int]) -> None:
-        """Note what a name stands for, and, where that is a module or class, names ``then`` of it."""
+    def _note(self, owner: object, names: Mapping[str, Any], name: str, inner: Collection[str], done: set[int]) -> None:
+        """Note what a name stands for, and, where that is a module or class, ``inner`` names of it, too."""
         value = names.get(name, _Missing)
         if (id(owner), name) not in self._places:
             self._places[id(owner), name] = names
@@ -128,15 +128,15 @@ class NamesRead:
             if isinstance(value, nn.Module):
                 self._why = f"{name} is beside the model"
         if isinstance(value, ModuleType | type) and id(value) not in done:
-            self._note_names_of(value, then, done)
+            self._note_names_of(value, inner, done)
 
-    def _note_names_of(self, owner: ModuleType | type, then: Collection[str], done: set[int]) -> None:
+    def _note_names_of(self, owner: ModuleType | type, inner: Collection[str], done: set[int]) -> None:
         """Note names of a module, or of a class and its bases, up to the first that has them."""
         done.add(id(owner))
         owners = [one for one in getattr(owner, "__mro__", [owner]) if _package(vars(one), one) not in _SETTLED]
-        for name in {name for one in owners for name in vars(one).keys() & {*then}}:
+        for name in {name for one in owners for name in vars(one).keys() & {*inner}}:
             for one in owners:
-                self._note(one, vars(one), name, then, done)
+                self._note(one, vars(one), name, inner, done)
                 if name in vars(one):
                     break
 
