@@ -260,9 +260,11 @@ class Operations(SeeingMode):
 
     def _step_aside(self) -> None:
         # (leaving the mode is cheaper than passing every function through it; it cannot leave below another one)
-        self._aside = 1 if _get_current_function_mode() is self else 2  # type: ignore[no-untyped-call]
-        if self._aside == 1:
+        if _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             self.__exit__(None, None, None)
+            self._aside = 1
+        else:
+            self._aside = 2
 
     def _step_back(self) -> None:
         aside, self._aside = self._aside, 0
