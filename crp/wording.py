@@ -1,7 +1,6 @@
 """Words of messages."""
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 
 def shortened(value: object) -> str:
@@ -12,13 +11,6 @@ def shortened(value: object) -> str:
 def first_few(words: Sequence[str], n: int, kind: str = "") -> str:
     """The first ``n`` words, and how many more there are: ``"a, b and 3 more"``, or ``"a, b and 3 more layers"``."""
     return ", ".join(words[:n]) + (f" and {len(words) - n} more {kind}".rstrip() if len(words) > n else "")
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """Nearest of known names as the end of a message: ``"; nearest: 'a', 'b'"``, or nothing."""
-    in_lower_case = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(str(name).lower(), in_lower_case)
-    return f"; nearest: {', '.join(repr(in_lower_case[one]) for one in near)}" if near else ""
 
 
 def counted(n: int, thing: str, things: str = "") -> str:

@@ -18,7 +18,8 @@ from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Explain, Inputs
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_function
-from crp.wording import nearest, shortened
+from crp.layers import nearest
+from crp.wording import shortened
 
 #: What methods are called elsewhere.
 _ALIASES = {**ALIASES, "ig": "intgrad", "integrated_gradients": "intgrad"}

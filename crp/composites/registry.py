@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from crp.errors import InputError, InputTypeError, NameNotFoundError
-from crp.wording import nearest, shortened
+from crp.layers import nearest
+from crp.wording import shortened
 
 if TYPE_CHECKING:
     from crp.composites.base import Composite

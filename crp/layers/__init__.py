@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from crp.errors import InputTypeError, NameNotFoundError
 from crp.layers.interrupts import atomic
 from crp.notices import kind_of
-from crp.wording import first_few, nearest
+from crp.wording import first_few
 
 _active: ContextVar[object] = ContextVar("crp_trace", default=None)
 _referencing: ContextVar[bool] = ContextVar("referencing", default=False)
@@ -73,12 +74,8 @@ def put_behind(model: nn.Module, layer: str, make: Callable[[nn.Module], Followe
     """Replace a layer by itself and what follows, inside of the context; in all places where the model has it."""
     inner = find_layers(model, [layer])[layer]
     followed = make(inner)
-    places = [
-        (children, name)
-        for children in (module._modules for module in modules_of(model).values())
-        for name, child in children.items()
-        if child is inner
-    ]
+    tables = [module._modules for module in modules_of(model).values()]
+    places = [(children, name) for children in tables for name, child in children.items() if child is inner]
     try:
         for children, name in places:
             children[name] = followed
@@ -242,6 +239,13 @@ def find_layers(model: nn.Module, names: Iterable[str], role: str = "layer") -> 
         if not isinstance(name, str) or name not in modules or name == "":
             raise LayerNotFoundError(name, modules, role)
     return {name: modules[name] for name in names}
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Nearest of known names as the end of a message: ``"; nearest: 'a', 'b'"``, or nothing."""
+    plain = {one.lower(): repr(one) for one in known}
+    near = ", ".join(plain[one] for one in difflib.get_close_matches(str(name).lower(), plain))
+    return f"; nearest: {near}" if near else ""
 
 
 class LayerNotFoundError(NameNotFoundError, ValueError):

@@ -64,8 +64,7 @@ def undisturbed(model: nn.Module, *inputs: Any, later: Iterable[Tensor] = ()) ->
     Memory for one copy of what is kept is needed meanwhile. What cannot be put back: objects behind objects, variables
     of functions and modules, files.
     """
-    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
-    if lazy:
+    if lazy := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]:
         raise InputError(f"{', '.join(lazy)}: no call has given these a shape; call the model once before")
     snapshot = Snapshot(later)
     snapshot.keep(model)

@@ -18,10 +18,10 @@ from torch import nn
 from torch.overrides import get_overridable_functions
 
 from crp.errors import InputError
+from crp.layers import nearest
 from crp.rules.notes import BORN, FIRST, NONNEGATIVE, Born
 from crp.rules.operands import PARSERS, Parse
 from crp.rules.spellings import _plain, name_of
-from crp.wording import nearest
 
 #: Kinds of operations. An affine function is a "product" if both of its operands depend on the input.
 KINDS = ("convolution", "dense", "activation", "normalization", "product", "pooling", "embedding")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from crp.errors import LoadingError
-from crp.wording import nearest
+from crp.layers import nearest
 
 #: Words before the colon of a model's name.
 PREFIXES = ("timm", "hf")

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from crp.engine.forward import tensor_in
 from crp.errors import CRPError, InputError, InputTypeError, LoadingError
+from crp.layers import nearest
 from crp.layers.misfits import takes_decoder_ids, telling_misfits
 from crp.notices import kind_of
 from crp.visualization.checkpoints import _in_a_line, fill, n_classes_of, read_checkpoint
 from crp.visualization.libraries import PREFIXES, Found, find_in_library
 from crp.visualization.prepared import Normalized, Prepared
-from crp.wording import counted, nearest
+from crp.wording import counted
 
 #: Errors of Pillow about a file that is no picture, or a damaged one.
 NOT_READ = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from crp.errors import InputError, InputTypeError, LoadingError
+from crp.layers import nearest
 from crp.visualization.models import imported
-from crp.wording import nearest
 
 #: Functions of `crp.outputs` that a word may name.
 _KINDS = ("entry", "segmentation", "detection")

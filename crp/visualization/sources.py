@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from crp.errors import InputError, LoadingError
+from crp.layers import nearest
 from crp.notices import warn
 from crp.visualization.decoding import Decoded
 from crp.visualization.mining.datasets import Pairs, indexed
 from crp.visualization.mining.marks import Source
 from crp.visualization.mining.texts import Texts
 from crp.visualization.models import NOT_READ, Loaded, _classes_called, called, imported
-from crp.wording import counted, first_few, nearest
+from crp.wording import counted, first_few
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 

@@ -145,7 +145,7 @@ def test_what_cannot_be_compared_is_refused(before, tmp_path):
     rest.run(EpsilonPlus(), 4, 12, progress=False)
     with pytest.raises(ValueError, match="no sample in common"):
         compare(*tables(part, rest))
-    with pytest.raises(KeyError, match="nearest"):
+    with pytest.raises(KeyError, match="'third' not found in the table"):
         compare(table, table, ["third"])
     refused("mode", table, mode="heatmap")
     refused("n_references", table, n_references=0)
@@ -190,4 +190,4 @@ def test_the_command(before, tmp_path):
     ].changed.tolist()
     assert {row["concept"]: row["partner"] for row in facts["layers"]["second"]} == dict(enumerate(np.argsort(ORDER)))
     wrong = crp("compare", one.path, other.path, "--layers", "third")
-    assert wrong.exit_code == 1 and "'third' was not mined" in wrong.output
+    assert wrong.exit_code == 1 and "'third' not found in the table" in wrong.output

@@ -183,14 +183,14 @@ def test_a_number_that_is_a_name_is_the_name(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("clusters", "z", 3), "Error: layer 'z' was not mined into"),
+        (("clusters", "z", 3), "Error: <layer> 'z' not found in the table in"),
         (("clusters", "a", 4), "has no rows of class 4; its classes are 3"),
-        (("prototypes", "z"), "Error: layer 'z' was not mined into"),
+        (("prototypes", "z"), "Error: <layer> 'z' not found in the table in"),
         (("prototypes", "b"), "Error: class 3 has 50 samples of mean variance"),
         (("prototypes", "a", 4), "has no rows of class 4; its classes are 3"),
         (("clusters", "a", 3, "--neighbours", 50), "50 samples have not 50 neighbours each"),
         (("audit", "a"), "Error: no prototypes of layer 'a' in"),
-        (("audit", "z"), "Error: layer 'z' was not mined into"),
+        (("audit", "z"), "Error: <layer> 'z' not found in the table in"),
         (("audit", "a", "--sample", 1, "--data", "x"), "Error: --sample is for samples of the table, and --data for"),
     ],
     ids=range(9),

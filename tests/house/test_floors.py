@@ -46,7 +46,7 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 396,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3314,
+    "attributors": 3313,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2693,
     "canonizers": 865,
@@ -54,7 +54,7 @@ BUDGETS = {
     "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3993,
+    "composites": 3987,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2029,
@@ -73,14 +73,14 @@ BUDGETS = {
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
-    "visualization": 4854,
+    "visualization": 4836,
     "visualization.mining": 4276,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4635,
+    "visualization.report": 4629,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
-    "visualization.table": 2682,
+    "visualization.table": 2681,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}

@@ -557,7 +557,7 @@ def test_a_report_needs_no_composite(fv, tmp_path):
         ({"n_references": 0}, ValueError, "n_references must be a whole number of at least 1, not 0"),
         ({"n_mean": -1}, ValueError, "n_mean must be a whole number of at least 0, not -1"),
         ({"classes": [7]}, KeyError, "no sample of class 7 was mined; the classes are"),
-        ({"layers": ["third"]}, KeyError, "layer 'third' was not mined"),
+        ({"layers": ["third"]}, KeyError, "'third' not found in the table"),
         ({"layers": []}, ValueError, "layers must name at least one layer"),
         ({"class_names": {0: "a"}}, ValueError, r"has 1 name, and none for the classes \[1, 2\]"),
         ({"class_names": ["a"]}, ValueError, "class_names has 1 name, and the model 3 outputs; a dict {class: name}"),

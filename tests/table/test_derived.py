@@ -55,7 +55,7 @@ def test_a_result_of_an_earlier_state_is_refused(table):
 def test_what_is_not_there_is_said(table):
     with pytest.raises(TableNotFoundError, match=r"no prototypes of layer 'a' in .*; crp prototypes makes them"):
         read_kept(table, "prototypes", "a")
-    with pytest.raises(KeyError, match="layer 'c' was not mined"):
+    with pytest.raises(KeyError, match="'c' not found in the table"):
         read_kept(table, "prototypes", "c")
     with pytest.raises(ValueError, match=r"kind must be one of prototypes, .*; not 'dreams'"):
         keep_result(table, "dreams", "a", {}, {})

@@ -221,7 +221,7 @@ def test_a_folder_that_cannot_be_written_can_be_asked(tmp_path: Path) -> None:
 
 def test_bad_questions(tmp_path: Path) -> None:
     table, _ = make_table(tmp_path)
-    with pytest.raises(KeyError, match=r"layer 'aa' was not mined .* nearest: 'a'"):
+    with pytest.raises(KeyError, match=r"'aa' not found in the table in .* nearest: 'a'"):
         top_k(table, "aa")
     with pytest.raises(KeyError, match=r"has target 7; it has 4 targets, nearest: 0, 1, 2, 3"):
         top_k(table, "a", of_class=7)

@@ -140,7 +140,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         top_concepts(table, RowSelection("a", of_class=17))
     with pytest.raises(ValueError, match="has no rows of class 0 among the samples that are named; its classes are 0"):
         top_concepts(table, RowSelection("a", of_class=0, samples=[]))
-    with pytest.raises(KeyError, match="layer 'c' was not mined"):
+    with pytest.raises(KeyError, match="'c' not found in the table"):
         similarity(table, RowSelection("c"))
     with pytest.raises(IndexError, match="there is no concept 5"):
         histogram(table, RowSelection("a"), 5)

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
+from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
+from crp.layers import LayerNotFoundError
 from crp.visualization.table.columns import SampleColumns, _class_number, join_columns, read_columns, sample_numbers
 from crp.visualization.table.document import decode, encode
 from crp.visualization.table.files import as_folder, check_file, check_folder, make_own_folder, read_file, write_atomic
@@ -44,7 +45,6 @@ from crp.visualization.table.manifest import (
 from crp.visualization.table.manifest import TableError as TableError
 from crp.visualization.table.recipe import _tell_changes, _tell_others
 from crp.visualization.table.shards import Query, check_shard, count_rows, read_blocks, read_record, read_rows
-from crp.wording import first_few, nearest
 
 #: What to do about a table of something else.
 ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
@@ -174,8 +174,7 @@ class Table:
             If the table has no rows yet.
         """
         if layer not in self.layers:
-            near = nearest(layer, self.layers) or f"; it has {first_few(list(map(repr, self.layers)), 5)}"
-            raise NameNotFoundError(f"layer {layer!r} was not mined into {self.path}{near}")
+            raise LayerNotFoundError(layer, self.layers, where=f"the table in {self.path}")
         for shard in self.shards:
             if layer in shard.concepts:
                 return shard.concepts[layer]
