@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from threading import get_ident
-from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +19,7 @@ from crp.composites.checkpoints import checkpoints_under_rules, running
 from crp.composites.keywords import _check_canonizers, _Remembered
 from crp.composites.matching import Matching, SeenOperation
 from crp.composites.operations import Operations
-from crp.composites.places import _hook
+from crp.composites.places import _hook, _lasting
 from crp.composites.positions import _totals_of
 from crp.composites.report import Report, _report_on
 from crp.composites.selection import (
@@ -172,10 +170,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 addressed = _addresses(entries, modules)
             parts = modules.values()
             of_model = uncompiled(module, parts), without_parameter_gradients(module, parts), *_packed_seen(parts)
-            states = ExitStack()
-            self.handles.append(SimpleNamespace(remove=states.close))
-            for state in (*of_model, _in_registries, checkpoints_under_rules):
-                states.enter_context(state)
+            self.handles.append(_lasting(*of_model, _in_registries, checkpoints_under_rules))
             self._thread = get_ident()
             matching = Matching(entries, choices, self.is_method, module)
             mode = Operations(module, matching, type(self).__name__, self._attachment)

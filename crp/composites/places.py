@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,3 +73,11 @@ def _hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., An
         nn.Module.register_forward_pre_hook(module, before, **keywords),
         nn.Module.register_forward_hook(module, after, always_call=True),
     ]
+
+
+def _lasting(*contexts: AbstractContextManager[Any]) -> SimpleNamespace:
+    """Handle of contexts that last until it is removed."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        return SimpleNamespace(remove=stack.pop_all().close)
