@@ -157,15 +157,34 @@ class LRP(_OfDegreeOne):
             )
 
 
-class _Table(TypedDict, total=False):
-    """Rules of a preset beside ε, as arguments of `LRP`."""
+class _Rules(TypedDict, total=False):
+    """Rules of a preset, as arguments of `LRP`."""
 
-    first: Rule
     convolution: Rule
+    dense: Rule
+    first: Rule | None
+    types: Types
 
 
-class _EpsilonPreset(LRP):
-    """ε on dense layers, and what else the table of a preset says."""
+class _Preset(LRP):
+    """LRP with what all presets take, in the same order, and the rules of one."""
+
+    def __init__(
+        self,
+        canonizers: Canonizers,
+        layer_map: LayerMap,
+        first_map: FirstMap,
+        zero_params: Names,
+        gates: Gates,
+        attention: Attention,
+        rules: _Rules,
+    ) -> None:
+        maps: Any = {"layer_map": layer_map, "first_map": first_map, "zero_params": zero_params}
+        super().__init__(canonizers, **maps, gates=gates, attention=attention, **rules)
+
+
+class _EpsilonPreset(_Preset):
+    """ε on dense layers, and what else a preset says."""
 
     def __init__(
         self,
@@ -179,19 +198,11 @@ class _EpsilonPreset(LRP):
         gates: Gates = "signal",
         attention: Attention = "constant",
     ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            dense=Epsilon(epsilon, zero_params),
-            **self._table(stabilizer, zero_params, empty),
-        )
+        rules: _Rules = {"dense": Epsilon(epsilon, zero_params), **self._rules(stabilizer, zero_params, empty)}
+        super().__init__(canonizers, layer_map, first_map, zero_params, gates, attention, rules)
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
-        """Rules of the preset."""
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
+        """Rules of the preset beside ε."""
         raise NotImplementedError
 
 
@@ -220,7 +231,7 @@ class EpsilonPlus(_EpsilonPreset):
         As in `LRP`.
     """
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
         return {"convolution": ZPlus(stabilizer, zero_params, empty=empty)}
 
 
@@ -235,7 +246,7 @@ class EpsilonPlusFlat(_EpsilonPreset):
         As in `EpsilonPlus`.
     """
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
         return {"first": Flat(stabilizer), "convolution": ZPlus(stabilizer, zero_params, empty=empty)}
 
 
@@ -250,7 +261,7 @@ class EpsilonAlpha2Beta1(_EpsilonPreset):
         As in `EpsilonPlus`.
     """
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
         return {"convolution": AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty)}
 
 
@@ -265,12 +276,17 @@ class EpsilonAlpha2Beta1Flat(_EpsilonPreset):
         As in `EpsilonPlus`.
     """
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
         return {"first": Flat(stabilizer), "convolution": AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty)}
 
 
+def _epsilon_gamma(epsilon: Stabilize, gamma: float, stabilizer: Stabilize, zero_params: Names) -> _Rules:
+    """γ on convolutions, ε on dense layers."""
+    return {"convolution": Gamma(gamma, stabilizer, zero_params), "dense": Epsilon(epsilon, zero_params)}
+
+
 @register("epsilon_gamma_box")
-class EpsilonGammaBox(LRP):
+class EpsilonGammaBox(_Preset):
     """γ on convolutions, ε on dense layers, zᴮ on the first convolution.
 
     Parameters
@@ -300,15 +316,6 @@ class EpsilonGammaBox(LRP):
         gates: Gates = "signal",
         attention: Attention = "constant",
     ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            first=ZBox(low, high, stabilizer, zero_params),
-            types=Convolution,
-            convolution=Gamma(gamma, stabilizer, zero_params),
-            dense=Epsilon(epsilon, zero_params),
-        )
+        rules = _epsilon_gamma(epsilon, gamma, stabilizer, zero_params)
+        rules |= {"first": ZBox(low, high, stabilizer, zero_params), "types": Convolution}
+        super().__init__(canonizers, layer_map, first_map, zero_params, gates, attention, rules)

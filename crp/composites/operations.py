@@ -16,12 +16,13 @@ from crp.composites.references import _ReferenceCalls
 from crp.composites.selection import MapEntry
 from crp.errors import StateError
 from crp.layers import on_reference
+from crp.layers.nested import changed, tensors_in
 from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
 from crp.rules.deeplift import Differences
 from crp.rules.functions import AFFINE, Function, activation
-from crp.rules.layer import Layer, _in_words, changed
+from crp.rules.layer import Layer, _in_words
 from crp.rules.mode import Choice, SeeingMode, innermost_module
 from crp.rules.notes import FIRST
 from crp.rules.operands import Operands
@@ -29,7 +30,6 @@ from crp.rules.operation import Operation
 from crp.rules.redirect import overwritten
 from crp.rules.shared import _Proportional
 from crp.rules.whole import whole_call
-from crp.trace.recorder import tensors_in
 from crp.wording import first_few
 
 
@@ -259,19 +259,17 @@ class Operations(SeeingMode):
         return choice, known
 
     def _step_aside(self) -> None:
-        # (leaving the mode is cheaper than passing every function through it)
-        if not self._aside and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+        # (leaving the mode is cheaper than passing every function through it; it cannot leave below another one)
+        if _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             self.__exit__(None, None, None)
             self._aside = 1
         else:
-            self._aside += 2
+            self._aside = 2
 
     def _step_back(self) -> None:
-        if self._aside == 1:
-            self._aside = 0
+        aside, self._aside = self._aside, 0
+        if aside == 1:
             self.__enter__()  # type: ignore[no-untyped-call]
-        elif self._aside > 1:
-            self._aside -= 2
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 

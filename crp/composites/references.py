@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from crp.errors import StateError
 from crp.layers.interrupts import atomic
+from crp.layers.nested import changed, tensors_in
 from crp.rules.deeplift import _same
-from crp.rules.layer import Layer, changed
+from crp.rules.layer import Layer
 from crp.rules.operation import Operation
-from crp.trace.recorder import tensors_in
 
 
 class _ReferenceCalls:

@@ -73,7 +73,8 @@ class SeeingMode(TorchFunctionMode):
         super().__init__()
         self.notes, self.products = notes, _Products(lambda tensor: bool(notes.born(tensor) & Born.DIVISOR))
         self._reading: Function | None = None
-        self._aside = 0  # how often it was told to let functions pass as they are
+        #: Not 0 while functions pass as they are: 1 where the mode was left for that, 2 where it could not be.
+        self._aside = 0
 
     def choose(
         self, known: Function, kind: str, first: bool = False, several: bool = False, operands: Operands | None = None

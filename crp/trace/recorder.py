@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch.utils.weak import WeakIdRef
 
 from crp.layers import _active, uncompiled, unwrap
 from crp.layers.interrupts import atomic
+from crp.layers.nested import changed
+from crp.layers.nested import tensors_in as tensors_in
 from crp.layers.state import Snapshot, undisturbed, version_of
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 
@@ -83,7 +84,7 @@ def _recording(recorder: _Recorder, model: nn.Module, args: Any, kwargs: Any) ->
             stack.enter_context(torch.no_grad())
             stack.enter_context(uncompiled(model))
             recorder.snapshot = stack.enter_context(undisturbed(model, args, kwargs, later=recorder.later(model)))
-            positional, named = _copied(list(args)), _copied(kwargs)
+            positional, named = changed((list(args), kwargs), lambda tensor: tensor.detach().clone())
             for number, tensor in enumerate(tensors_in((positional, named))):
                 recorder.keep(tensor, Node("input", "input", None, [], origins=frozenset([number])))
             stack.enter_context(recorder.hooks(model))
@@ -309,30 +310,6 @@ class _Recorder(TorchFunctionMode):
             node = Node("output", call.layer, call, sources, maker.readers, maker.origins, maker=maker)
         call.outputs.append(node)
         self.keep(tensor, node)
-
-
-def _copied(value: Any) -> Any:
-    """Inputs with copies of their tensors, outside autograd; what is in other objects stays."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors in nested sequences, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for entry in fields(value):
-            yield from tensors_in(getattr(value, entry.name))
 
 
 def _origins(nodes: Iterable[Node]) -> frozenset[int]:
