@@ -41,8 +41,8 @@ from crp.layers.nested import changed, tensors_in
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
-from crp.rules.kernels import _in_registries
-from crp.rules.packed import _packed_seen
+from crp.rules.kernels import in_registries
+from crp.rules.packed import packed_seen
 from crp.trace import Structure, structure
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
@@ -169,8 +169,8 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)
             parts = modules.values()
-            of_model = uncompiled(module, parts), without_parameter_gradients(module, parts), *_packed_seen(parts)
-            self.handles.append(_lasting(*of_model, _in_registries, checkpoints_under_rules))
+            of_model = uncompiled(module, parts), without_parameter_gradients(module, parts), *packed_seen(parts)
+            self.handles.append(_lasting(*of_model, in_registries, checkpoints_under_rules))
             self._thread = get_ident()
             matching = Matching(entries, choices, self.is_method, module)
             mode = Operations(module, matching, type(self).__name__, self._attachment)

@@ -19,13 +19,13 @@ from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind, Types
 from crp.notices import warn
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
-from crp.rules.activations import _Softplus
-from crp.rules.attention import Attention, DotProductAttention, MatrixProduct, _check_attention, _ConstantWeights
+from crp.rules.activations import Softplus
+from crp.rules.attention import Attention, ConstantWeights, DotProductAttention, MatrixProduct, check_attention
 from crp.rules.functional import GLU, Gate, Gates, Normalization, Quotient
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
-from crp.rules.shared import _ByGrid, _OfFactors, _OfSquares, _Proportional, _Refused, _Softmax, _Solved
+from crp.rules.shared import BY_FUNCTION, EndingSoftmax, Proportional, Refused
 from crp.rules.stabilizer import Stabilize
 
 
@@ -50,30 +50,26 @@ def _base(
     method : str
         Name for messages.
     """
-    refused = _Refused(method)
+    refused = Refused(method)
     products: LayerMap = [
         (Functions(("addr", "kron", "outer")), refused),
-        (Kind("product"), _ConstantWeights(method)),
+        (Kind("product"), ConstantWeights(method)),
     ]
     if attention is not None:
         products = [
             (Functions(("scaled_dot_product_attention",)), DotProductAttention(attention)),
-            (Having("softmax"), _Softmax()),
+            (Having("softmax"), EndingSoftmax()),
             (Kind("product"), MatrixProduct(attention)),
         ]
     return [
         (Having("identity"), Pass()),
-        (Functions(("logaddexp", "logaddexp2")), _Softplus()),
+        (Functions(("logaddexp", "logaddexp2")), Softplus()),
         (Functions(("mul",)), Gate(gates, attention)),
         (Having("quotient"), Quotient(gates)),
         (Having("statistics"), Normalization(zero_params)),
         (Functions(("glu",)), GLU(gates)),
-        (Having("choosing"), _Proportional()),
-        (Functions(("cdist", "pairwise_distance", "std")), _Proportional()),
-        (Functions(("var",)), _OfSquares()),
-        (Functions(("grid_sample",)), _ByGrid()),
-        (Functions(("linalg_solve", "linalg_solve_triangular")), _Solved()),
-        (Functions(("prod",)), _OfFactors()),
+        (Having("choosing"), Proportional()),
+        *((Functions(functions), rule()) for functions, rule in BY_FUNCTION.items()),
         (Functions(("prelu",)), refused),
         *products,
         (Having("attention"), refused),
@@ -138,7 +134,7 @@ class LRP(_OfDegreeOne):
             layer_map=[
                 *layer_map,
                 *((kind, rule) for kind, rule in own if rule is not None),
-                *_base(gates, _check_attention(attention), zero_params, type(self).__name__),
+                *_base(gates, check_attention(attention), zero_params, type(self).__name__),
             ],
             first_map=first_map,
             name_map=name_map,

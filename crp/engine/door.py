@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from zennit.core import Composite
 
 from crp.errors import InputError, InputTypeError
-from crp.layers.devices import _MOVING
+from crp.layers.devices import MOVING
 from crp.layers.nested import tensors_in
 from crp.layers.packed import is_packed
 from crp.notices import kind_of, warn
@@ -83,7 +83,7 @@ def check_weights(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     They are looked at again only if they have changed.
     """
     # (layers that are offloaded get theirs when they are called)
-    here = [module for module in modules if _MOVING not in module.__dict__]
+    here = [module for module in modules if MOVING not in module.__dict__]
     tensors = [p for module in here for p in module._parameters.values() if p is not None]
     if any(map(is_lazy, tensors)):
         named = [*model.named_parameters(), *model.named_buffers()]

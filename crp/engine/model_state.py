@@ -33,7 +33,7 @@ from zennit.core import Composite
 
 from crp.engine.module_hooks import _ON_ALL_MODULES, _hooks_of
 from crp.layers import modules_of
-from crp.layers.devices import _MOVING
+from crp.layers.devices import MOVING
 from crp.layers.marks import TensorMark
 from crp.layers.state import version_of
 
@@ -67,7 +67,7 @@ def is_traced() -> bool:
 def is_watched(model: nn.Module) -> bool:
     """Whether hooks on a model, or modes of torch, see each of its calls, so that none of them may be left out."""
     modules = modules_of(model).values()
-    is_moved = any(_MOVING in module.__dict__ for module in modules)
+    is_moved = any(MOVING in module.__dict__ for module in modules)
     return is_traced() or is_moved or any(_ON_ALL_MODULES) or any(map(any, map(_hooks_of, modules)))
 
 

@@ -46,9 +46,7 @@ class Tap:
         # Dropout and the like return their input, which what flows past the layer reads too.
         passed_on = any(output is given for given in (*args, *kwargs.values()))
         self.outputs.append(output.clone() if passed_on else output)
-        return self.outputs[-1].clone(
-            memory_format=preserve_format
-        )  # (which tells rules that it is our copy)
+        return self.outputs[-1].clone(memory_format=preserve_format)  # (which tells rules that it is our copy)
 
     def call_meant(self, number: int | None, role: str) -> int | None:
         """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded."""

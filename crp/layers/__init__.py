@@ -18,7 +18,7 @@ from crp.layers.interrupts import atomic
 from crp.notices import kind_of
 from crp.wording import first_few
 
-_active: ContextVar[object] = ContextVar("crp_trace", default=None)
+running_trace: ContextVar[object] = ContextVar("crp_trace", default=None)
 _referencing: ContextVar[bool] = ContextVar("referencing", default=False)
 
 
@@ -288,19 +288,19 @@ def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], **options: Any) -> Ite
 
 def tracing() -> bool:
     """Whether a `trace` is running here; hooks that change values stay inert meanwhile."""
-    return _active.get() is not None
+    return running_trace.get() is not None
 
 
 @atomic
 def looking() -> Iterator[None]:
     """Context in which a model runs for the record only, as in a `trace`; its warnings are silenced."""
-    token = _active.set(looking)
+    token = running_trace.set(looking)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        _active.reset(token)
+        running_trace.reset(token)
 
 
 def referencing() -> bool:

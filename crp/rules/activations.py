@@ -18,7 +18,7 @@ from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
-from crp.rules.shared import _Proportional
+from crp.rules.shared import Proportional
 from crp.rules.terms import Term
 
 #: Largest absolute value of an input that counts as 0 for `Pass`.
@@ -114,7 +114,7 @@ class Pass(Rule):
         return kind in ("activation", "normalization") or (alone and super().treats(known, kind, alone))
 
 
-class _Softplus(Pass):
+class Softplus(Pass):
     """Logarithms of a sum of two exponentials: activations, where one of both is constant; else the chain rule."""
 
     shares = True
@@ -123,7 +123,7 @@ class _Softplus(Pass):
         """Return the logarithm, with this rule as its gradient."""
         if len(layer.inputs) == 1:
             return super().operate(layer)
-        return _Proportional().attach(cast(Attachment, self.attachment)).operate(layer)
+        return Proportional().attach(cast(Attachment, self.attachment)).operate(layer)
 
 
 class _Activation(Linearized):

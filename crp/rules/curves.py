@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from crp.layers.devices import holds, is_recording
+from crp.layers.nested import changed, tensors_in
 from crp.rules.functions import look_up
-from crp.rules.layer import changed
 from crp.rules.notes import Born, Note
 from crp.rules.spellings import in_place
-from crp.trace.recorder import tensors_in
 
 #: Functions that put tensors side by side.
 _STACKING = frozenset(("cat", "stack"))

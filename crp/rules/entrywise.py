@@ -20,13 +20,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from crp.layers.nested import changed, tensors_in
 from crp.rules.curves import _ACTIVATIONS, _IDENTITY, _STACKING, _born_of, _Curve, _curve, _is_curved
 from crp.rules.functions import _arguments_of, look_up
-from crp.rules.layer import changed
 from crp.rules.notes import Born, Note, Notes
 from crp.rules.operation import Operation, _is_one_number
 from crp.rules.passing import _CUTTING, _SEVERAL, _SUMS, _bounds, _run_on
-from crp.trace.recorder import tensors_in
 
 _CONDITIONS = frozenset(("ge", "gt", "le", "lt"))
 #: Functions that choose; what they choose may be a tensor of one number in every entry.

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.layers.devices import can_be_read, holds
+from crp.layers.nested import changed, tensors_in
 from crp.rules.entrywise import _Entrywise, _itself
 from crp.rules.functions import look_up
-from crp.rules.layer import Layer, changed
+from crp.rules.layer import Layer
 from crp.rules.notes import Notes
 from crp.rules.operands import _is_parameter
 from crp.rules.operation import Operation, _on_a_copy
-from crp.trace.recorder import tensors_in
 
 #: Functions that are exponential in an operand.
 _EXPONENTIAL = frozenset({"exp", "exp2", "pow", "rpow"})

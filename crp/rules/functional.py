@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.rules.activations import _Activation
-from crp.rules.attention import Attention, _by_chain_rule, _check_attention, _weigh
+from crp.rules.attention import Attention, _by_chain_rule, _weigh, check_attention
 from crp.rules.exponentials import _OfExponentials
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
@@ -67,7 +67,7 @@ class Gate(_Shared):
         super().__init__()
         self.mode = _checked(mode)
         held: Attention = "constant" if mode == "signal" else "split"
-        self.attention = held if attention is None else _check_attention(attention)
+        self.attention = held if attention is None else check_attention(attention)
 
     def operate(self, layer: Layer) -> Any:
         """Return the product; one factor alone is right by the ordinary chain rule."""

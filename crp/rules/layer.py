@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from crp.errors import InputTypeError
 from crp.layers.devices import holds
 from crp.layers.marks import TensorMark
-from crp.layers.nested import changed as changed
+from crp.layers.nested import changed
 from crp.layers.packed import unpacked
 from crp.rules.functions import Function, _arguments_of
 from crp.rules.notes import Copied
@@ -322,10 +322,10 @@ class Layer:
         place = self.place or (self.locate() if self.locate is not None else "")
         if self.module is not None:
             return f"{self.name} {place!r}"
-        return _in_words(self.name, place)
+        return in_words(self.name, place)
 
 
-def _in_words(function: str, place: str) -> str:
+def in_words(function: str, place: str) -> str:
     """A call of a function in a module, if that is known, for messages."""
     return f"{function}() in {place!r}" if place else f"{function}()"
 

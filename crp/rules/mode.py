@@ -18,11 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
+from crp.layers.nested import changed, tensors_in
 from crp.rules.contractions import _SUMMING, _Products
 from crp.rules.entrywise import _OF_EXPONENTIALS, BEGINNING, _entrywise, _function_in, _is_of_several, _known, _of_mask
 from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
-from crp.rules.layer import Layer, _in_words, changed
+from crp.rules.layer import Layer, in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _in_parts, _steps
 from crp.rules.operation import RESULTS, Operation, _fills
@@ -31,7 +32,6 @@ from crp.rules.passing import _RANKING, _SEVERAL, _copied, _passed
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
 from crp.rules.written_out import STEPS
-from crp.trace.recorder import tensors_in
 
 # In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
@@ -355,7 +355,7 @@ class SeeingMode(TorchFunctionMode):
 
     def _refuse_derivative(self, known: Function) -> NoReturn:
         raise UnseenError(
-            f"the model differentiates inside its forward pass ({_in_words(known.name, self.innermost())}): under "
+            f"the model differentiates inside its forward pass ({in_words(known.name, self.innermost())}): under "
             "rules its derivative, and so its prediction, would be another one. Explain a model without that step"
         )
 
@@ -364,7 +364,7 @@ class SeeingMode(TorchFunctionMode):
         for tensor in tensors_in(result):
             if tensor.requires_grad and not _has_derivative(tensor, op.inputs):
                 raise NotImplementedError(
-                    f"{_in_words(op.known.name, self.innermost())} is registered with torch without a derivative, so "
+                    f"{in_words(op.known.name, self.innermost())} is registered with torch without a derivative, so "
                     "that nothing is sent back through it; register one, as by torch.library.register_autograd"
                 )
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crp.layers.devices import holds
+from crp.layers.nested import changed, tensors_in
 from crp.rules.functions import Function, _arguments_of, look_up
-from crp.rules.layer import changed
 from crp.rules.notes import BORN, FIRST, Born
 from crp.rules.operands import NOTHING_SUMMED, Operands, _is_parameter
 from crp.rules.spellings import in_place
-from crp.trace.recorder import tensors_in
 
 _add, _sum, _largest, _select = look_up(torch.add), look_up(torch.sum), look_up(torch.amax), look_up(torch.select)
 _scaling = replace(

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crp.errors import StateError
-from crp.rules.deeplift import Difference, Differences, _same, _same_operands, slope
+from crp.layers.nested import tensors_in
+from crp.rules.deeplift import Difference, Differences, _same_operands, same_values, slope
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.operands import ADDED
-from crp.trace.recorder import tensors_in
 
 
 class _Decomposed(Difference):
@@ -43,7 +43,7 @@ class _Decomposed(Difference):
         pairs = zip(tensors_in((layer.args, layer.kwargs)), tensors_in((reference.args, reference.kwargs)), strict=True)
         mine = {id(value) for value in layer.inputs}
         numbers, numbers0 = ([value for value in one.args if isinstance(value, float)] for one in (layer, reference))
-        is_same = all(id(value) in mine or _same(value, value0) for value, value0 in pairs)
+        is_same = all(id(value) in mine or same_values(value, value0) for value, value0 in pairs)
         if not (is_same and numbers == numbers0) and isinstance(self.attachment, Differences):
             self.attachment.differing[str(layer)] = None
         return cast(Tensor, layer.output)
@@ -69,7 +69,7 @@ class ProductDifference(_Decomposed):
         if len(factors) > 2:
             self.beyond(layer, exact=False)
             return cast(Tensor, layer.output)
-        if not any(_same(layer.inputs[number], reference.inputs[number]) for number in factors):
+        if not any(same_values(layer.inputs[number], reference.inputs[number]) for number in factors):
             self.beyond(layer, exact=True)
         call, means = layer.again(), _means(layer, reference)
         # (what is only added flows into the first of both)

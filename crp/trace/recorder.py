@@ -18,10 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdRef
 
-from crp.layers import _active, uncompiled, unwrap
+from crp.layers import running_trace, uncompiled, unwrap
 from crp.layers.interrupts import atomic
-from crp.layers.nested import changed
-from crp.layers.nested import tensors_in as tensors_in
+from crp.layers.nested import changed, tensors_in
 from crp.layers.state import Snapshot, undisturbed, version_of
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 
@@ -76,7 +75,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
 @atomic
 def _recording(recorder: _Recorder, model: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[list[Any], Any]]:
     """Context in which a recorder sees all that a model does; yields copies of what the model is called with."""
-    token = _active.set(recorder)
+    token = running_trace.set(recorder)
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # (the model warns again when it runs for the user)
@@ -91,7 +90,7 @@ def _recording(recorder: _Recorder, model: nn.Module, args: Any, kwargs: Any) ->
             stack.enter_context(recorder)
             yield positional, named
     finally:
-        _active.reset(token)
+        running_trace.reset(token)
 
 
 class _Recorder(TorchFunctionMode):
@@ -223,7 +222,7 @@ class _Recorder(TorchFunctionMode):
         before: dict[ModuleCall, list[_Version]] = {}
 
         def enter(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            if _active.get() is not self:  # another thread uses the model
+            if running_trace.get() is not self:  # another thread uses the model
                 return
             parent = self._stack[-1] if self._stack else None
             if parent is not None:
@@ -277,7 +276,7 @@ class _Recorder(TorchFunctionMode):
 
     def _current(self, layer: str) -> ModuleCall | None:
         """Innermost call of a layer; None in another thread that uses the model."""
-        if _active.get() is not self:
+        if running_trace.get() is not self:
             return None
         while self._stack[-1].layer != layer:  # a call that the model left by an exception, and caught
             self._stack.pop()

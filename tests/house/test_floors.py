@@ -54,22 +54,22 @@ BUDGETS = {
     "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3938,
+    "composites": 3934,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2029,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6314,
+    "engine": 6312,
     "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1610,
     "outputs": 391,
     "metrics": 1129,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 8165,
+    "rules": 8173,
     # (along which axis the channels of a layer are)
-    "trace": 1314,
+    "trace": 1313,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
