@@ -16,7 +16,7 @@ from crp.engine.independence import check_independent
 from crp.engine.inputs import Data, Inputs
 from crp.engine.probabilities import log_probabilities, probabilities
 from crp.engine.taps import check_layers, outputs_meant, tapped
-from crp.engine.targets import _ONE_SCORE
+from crp.engine.targets import ONE_SCORE
 from crp.errors import InputError, InputTypeError
 from crp.layers import unwrap
 from crp.layers.autograd import lay_out_alike
@@ -63,7 +63,7 @@ def known_target(target: Target | None, output: Tensor) -> Target:
     if output.dim() != 2:
         raise InputError(
             f"the model's output has shape {tuple(output.shape)}, of which no class is the predicted one; "
-            + (_ONE_SCORE if output.dim() == 1 else _GIVE_TARGET)
+            + (ONE_SCORE if output.dim() == 1 else _GIVE_TARGET)
         )
     return Classes(output.detach().argmax(1))
 

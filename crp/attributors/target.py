@@ -12,11 +12,11 @@ from torch import Tensor
 from crp.concepts import as_ids
 from crp.engine.forward import tensor_in
 from crp.engine.targets import (
-    _ONE_SCORE,
+    ONE_SCORE,
     Element,
     Pixels,
     Position,
-    _axes_told,
+    axes_told,
     check_target,
     check_targets_exist,
     initial_relevance,
@@ -98,7 +98,7 @@ class Target:
         if isinstance(value, _PLACES) or (
             isinstance(value, list | tuple) and value and all(isinstance(one, _PLACES) for one in value)
         ):
-            return _Places([value] if isinstance(value, _PLACES) else value)
+            return AtPlaces([value] if isinstance(value, _PLACES) else value)
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(value)
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -145,13 +145,13 @@ class Classes(Target):
         if output.dim() < 2:
             raise InputError(
                 f"the model's output has shape {tuple(output.shape)}, which has no axis of classes; "
-                f"{_ONE_SCORE}. Or give a function of the output as target"
+                f"{ONE_SCORE}. Or give a function of the output as target"
             )
         size = output.shape[1]
         wrong = self.ids[(self.ids < -size) | (self.ids >= size)]
         if len(wrong):
             raise OutOfRangeError(
-                f"target {int(wrong[0])} is out of range: the model has outputs 0 to {size - 1}" + _axes_told(output)
+                f"target {int(wrong[0])} is out of range: the model has outputs 0 to {size - 1}" + axes_told(output)
             )
         rows = torch.arange(len(output), device=output.device)
         return output[rows, self.ids.to(output.device)].reshape(len(output), -1).sum(1)
@@ -161,7 +161,7 @@ class Classes(Target):
         return self if len(self.ids) == 1 else Classes(self.ids[index.cpu()])
 
 
-class _Places(Target):
+class AtPlaces(Target):
     """Places in a dense output: tokens at a position of a text, less others; pixels of a class; one element.
 
     Parameters
@@ -191,7 +191,7 @@ class _Places(Target):
 
     def rows(self, index: Tensor) -> Target:
         """Places of some samples."""
-        return self if len(self.places) == 1 else _Places([self.places[i] for i in index.tolist()])
+        return self if len(self.places) == 1 else AtPlaces([self.places[i] for i in index.tolist()])
 
 
 class Mask(Target):

@@ -8,7 +8,6 @@ of execution, and is undone by putting the very same parameters back.
 from __future__ import annotations
 
 from functools import partial
-from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -19,9 +18,10 @@ from zennit.core import RemovableHandleList
 from crp.canonizers.folding import fold
 from crp.canonizers.norms import _rest_of, has_batch_norm, is_batch_norm, obstacle
 from crp.canonizers.places import Place, Plan, Side, _Candidate, _Linear, _merge_obstacle, _plan_of
+from crp.layers import OfThread, tracing
 from crp.layers.interrupts import undivided
 from crp.notices import warn
-from crp.trace import Passive, Structure, known, recorded, structure, tracing
+from crp.trace import Passive, Structure, known, recorded, structure
 from crp.wording import first_few
 
 
@@ -61,7 +61,6 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         self._undo: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         self._bypassed: list[nn.Module] = []
         self._handles = RemovableHandleList()
-        self._thread = 0
 
     def apply(self, root_module: nn.Module) -> list[MergeBatchNorm]:
         """Merge now where the plan is known, otherwise at the model's first call.
@@ -85,13 +84,12 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
 
     def register(self, root_module: nn.Module) -> None:
         """Merge, or arrange for it."""
-        self._thread = get_ident()
         key = structure(root_module)
         record = known(root_module, key)
         if record is not None:
             self._merge(_plan_of(root_module, record))
         else:
-            hook = Passive(partial(self._at_first_call, key))
+            hook = Passive(OfThread(partial(self._at_first_call, key)))
             self._handles.append(root_module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
 
     def remove(self) -> None:
@@ -112,7 +110,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         return f"{type(self).__name__}()"
 
     def _at_first_call(self, key: Structure, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if tracing() or get_ident() != self._thread:
+        if tracing():
             return
         self._handles.remove()
         norms = [name for name, module in root.named_modules() if is_batch_norm(module)]

@@ -15,7 +15,8 @@ from crp.canonizers.folding import FUNCTIONS, LINEAR, Form, _form_of_call, _form
 from crp.canonizers.norms import _is_affine_only, is_batch_norm
 from crp.errors import InputError
 from crp.layers import modules_of, unwrap
-from crp.trace import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace, undisturbed
+from crp.layers.state import undisturbed
+from crp.trace import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 from crp.trace.graph import Unit, adjacent, layers_as_units
 
 Side: TypeAlias = Literal["before", "after"]

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crp.layers.devices import holds
+from crp.layers.nested import tensors_in
+from crp.layers.state import undisturbed
 from crp.rules.functions import Function, look_up
 from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import Notes
 from crp.rules.operation import Operation
-from crp.trace import undisturbed
-from crp.trace.recorder import tensors_in
 
 
 def _may_be_activation(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from crp.composites.checkpoints import checkpoints_under_rules, running
 from crp.composites.keywords import _check_canonizers, _Remembered
 from crp.composites.matching import Matching, SeenOperation
 from crp.composites.operations import Operations
-from crp.composites.places import _hook, _Lasting
+from crp.composites.places import _hook, _lasting
 from crp.composites.positions import _totals_of
 from crp.composites.report import Report, _report_on
 from crp.composites.selection import (
@@ -35,16 +35,15 @@ from crp.composites.selection import (
 from crp.engine.attached import check_free, note_placed, note_removed
 from crp.engine.encoding import Propagation
 from crp.errors import InputError, StateError
-from crp.layers import ByChainRule, modules_of, referencing, uncompiled, unwrap, without_parameter_gradients
+from crp.layers import ByChainRule, modules_of, referencing, tracing, uncompiled, unwrap, without_parameter_gradients
 from crp.layers.interrupts import atomic, undivided
+from crp.layers.nested import changed, tensors_in
 from crp.rules.account import Account
 from crp.rules.base import Attachment
 from crp.rules.functions import Function
-from crp.rules.kernels import _in_registries
-from crp.rules.layer import changed
-from crp.rules.packed import _packed_seen
-from crp.trace import Structure, structure, tracing
-from crp.trace.recorder import tensors_in
+from crp.rules.kernels import in_registries
+from crp.rules.packed import packed_seen
+from crp.trace import Structure, structure
 
 Canonizers = Literal["auto"] | Sequence[Canonizer] | None
 #: ``[(what, rule), ...]``; the first match wins, and None is the ordinary chain rule.
@@ -170,9 +169,8 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
                 modules = modules_of(module)
                 addressed = _addresses(entries, modules)
             parts = modules.values()
-            of_model = uncompiled(module, parts), without_parameter_gradients(module, parts), *_packed_seen(parts)
-            for state in (*of_model, _in_registries, checkpoints_under_rules):
-                self.handles.append(_Lasting(state))
+            of_model = uncompiled(module, parts), without_parameter_gradients(module, parts), *packed_seen(parts)
+            self.handles.append(_lasting(*of_model, in_registries, checkpoints_under_rules))
             self._thread = get_ident()
             matching = Matching(entries, choices, self.is_method, module)
             mode = Operations(module, matching, type(self).__name__, self._attachment)

@@ -8,11 +8,11 @@ from zennit.types import Convolution
 
 from crp.checks import check_choice, check_number
 from crp.composites.base import Canonizers, FirstMap, LayerMap
-from crp.composites.lrp import LRP
+from crp.composites.lrp import _epsilon_gamma, _Preset, _Rules
 from crp.composites.registry import register
 from crp.composites.selection import Depth
 from crp.errors import InputError
-from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, ZBox
+from crp.rules import AlphaBeta, Flat, ZBox
 from crp.rules.attention import Attention
 from crp.rules.functional import Gates
 from crp.rules.input_layer import Bound
@@ -23,7 +23,7 @@ FirstRule = Literal["flat", "box", "none"]
 
 
 @register("epsilon_gamma")
-class EpsilonGamma(LRP):
+class EpsilonGamma(_Preset):
     """γ on convolutions, ε on dense layers, no rule of its own at the input.
 
     Montavon et al., "Layer-wise relevance propagation: an overview" (2019), section 10.3, for inputs without bounds.
@@ -50,20 +50,12 @@ class EpsilonGamma(LRP):
         gates: Gates = "signal",
         attention: Attention = "constant",
     ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            convolution=Gamma(gamma, stabilizer, zero_params),
-            dense=Epsilon(epsilon, zero_params),
-        )
+        rules = _epsilon_gamma(epsilon, gamma, stabilizer, zero_params)
+        super().__init__(canonizers, layer_map, first_map, zero_params, gates, attention, rules)
 
 
 @register("lrp_cmp")
-class LRPCMP(LRP):
+class LRPCMP(_Preset):
     """ε on dense layers, γ on the upper and αβ on the lower convolutions, flat or zᴮ at the input.
 
     The composite strategy, "LRP-CMP", of Kohlbrenner et al., "Towards best practice in explaining neural network
@@ -123,14 +115,6 @@ class LRPCMP(LRP):
         if low is not None and high is not None:
             at_input = ZBox(low, high, stabilizer, zero_params)
         lower = AlphaBeta(alpha, beta, stabilizer, zero_params, empty=empty)
-        super().__init__(
-            canonizers,
-            layer_map=[*layer_map, *([(Depth(0, split, Convolution), lower)] if split else [])],
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            convolution=Gamma(gamma, stabilizer, zero_params),
-            dense=Epsilon(epsilon, zero_params),
-            first=at_input,
-        )
+        layer_map = [*layer_map, *([(Depth(0, split, Convolution), lower)] if split else [])]
+        rules: _Rules = {"first": at_input, **_epsilon_gamma(epsilon, gamma, stabilizer, zero_params)}
+        super().__init__(canonizers, layer_map, first_map, zero_params, gates, attention, rules)

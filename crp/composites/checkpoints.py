@@ -27,11 +27,10 @@ from crp.engine.backward_hooks import hooks_as_now
 from crp.errors import StateError
 from crp.layers.interrupts import atomic
 from crp.layers.lasting import Shared
+from crp.layers.nested import changed, tensors_in
 from crp.layers.repeated import repeated
-from crp.rules.layer import changed
 from crp.rules.mode import SeeingMode
 from crp.rules.notes import FIRST
-from crp.trace.recorder import tensors_in
 
 #: The composite whose model runs in this thread.
 running: ContextVar[Any] = ContextVar("running", default=None)
@@ -113,8 +112,7 @@ class _Part:
         with repeated() as repetition, notes.entered(leaves, self._flags):
             result = self._call(leaves)
         made = {id(tensor): tensor for tensor in tensors_in(result) if tensor.requires_grad}
-        kept = {id(tensor) for tensor in _nested(result) if tensor.requires_grad}
-        if repetition.is_watched or kept != set(made) or any(map(notes.leads_outside, made.values())):
+        if repetition.is_watched or any(map(notes.leads_outside, made.values())):
             with self._surroundings.again():
                 return self.function(*self.args, **self.kwargs)
         if not made:
@@ -184,17 +182,6 @@ def _resumed(composite: Any, mode: Any, state: Any, n_wholes: int) -> Iterator[N
         of_matching, mode._wholes, mode._is_running, mode._aside = before
         mode.matching.set_state(of_matching)
         mode._untreated.clear()
-
-
-def _nested(value: Any) -> Iterator[Tensor]:
-    """Tensors in plain tuples, lists and dicts, which can be taken apart and made again."""
-    if isinstance(value, Tensor):
-        yield value
-    elif type(value) in (tuple, list) or hasattr(value, "_fields"):
-        for item in value:
-            yield from _nested(item)
-    elif type(value) is dict:
-        yield from _nested(list(value.values()))
 
 
 class _Again(torch.autograd.Function):

@@ -25,7 +25,6 @@ from crp.rules.deeplift import (
 )
 from crp.rules.functions import Function
 from crp.rules.products import (
-    GLUDifference,
     NormalizationDifference,
     ProductDifference,
     QuotientDifference,
@@ -116,7 +115,6 @@ class DeepLift(Composite):
             (Having("quotient"), QuotientDifference()),
             (Having("statistics"), NormalizationDifference()),
             (Having("softmax"), SoftmaxDifference()),
-            (Functions(("glu",)), GLUDifference()),
             (Having("selection"), SelectionDifference()),
             (Functions(("scaled_dot_product_attention",)), TakenApart()),
             *((Functions((name,)), TakenApart(written)) for name, written in WRITTEN_OUT.items()),

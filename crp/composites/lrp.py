@@ -19,13 +19,13 @@ from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind, Types
 from crp.notices import warn
 from crp.rules import AlphaBeta, Epsilon, Flat, Gamma, Pass, Rule, ZBox, ZPlus
-from crp.rules.activations import _Softplus
-from crp.rules.attention import Attention, DotProductAttention, MatrixProduct, _check_attention, _ConstantWeights
+from crp.rules.activations import Softplus
+from crp.rules.attention import Attention, ConstantWeights, DotProductAttention, MatrixProduct, check_attention
 from crp.rules.functional import GLU, Gate, Gates, Normalization, Quotient
 from crp.rules.functions import Function
 from crp.rules.input_layer import Bound
 from crp.rules.lrp import Empty, Names
-from crp.rules.shared import _ByGrid, _OfFactors, _OfSquares, _Proportional, _Refused, _Softmax, _Solved
+from crp.rules.shared import BY_FUNCTION, EndingSoftmax, Proportional, Refused
 from crp.rules.stabilizer import Stabilize
 
 
@@ -50,30 +50,26 @@ def _base(
     method : str
         Name for messages.
     """
-    refused = _Refused(method)
+    refused = Refused(method)
     products: LayerMap = [
-        (Functions(("addr", "ger", "kron", "outer")), refused),
-        (Kind("product"), _ConstantWeights(method)),
+        (Functions(("addr", "kron", "outer")), refused),
+        (Kind("product"), ConstantWeights(method)),
     ]
     if attention is not None:
         products = [
             (Functions(("scaled_dot_product_attention",)), DotProductAttention(attention)),
-            (Having("softmax"), _Softmax()),
+            (Having("softmax"), EndingSoftmax()),
             (Kind("product"), MatrixProduct(attention)),
         ]
     return [
         (Having("identity"), Pass()),
-        (Functions(("logaddexp", "logaddexp2")), _Softplus()),
+        (Functions(("logaddexp", "logaddexp2")), Softplus()),
         (Functions(("mul",)), Gate(gates, attention)),
         (Having("quotient"), Quotient(gates)),
         (Having("statistics"), Normalization(zero_params)),
         (Functions(("glu",)), GLU(gates)),
-        (Having("choosing"), _Proportional()),
-        (Functions(("cdist", "pairwise_distance", "std")), _Proportional()),
-        (Functions(("var",)), _OfSquares()),
-        (Functions(("grid_sample",)), _ByGrid()),
-        (Functions(("linalg_solve", "linalg_solve_triangular")), _Solved()),
-        (Functions(("prod",)), _OfFactors()),
+        (Having("choosing"), Proportional()),
+        *((Functions(functions), rule()) for functions, rule in BY_FUNCTION.items()),
         (Functions(("prelu",)), refused),
         *products,
         (Having("attention"), refused),
@@ -138,7 +134,7 @@ class LRP(_OfDegreeOne):
             layer_map=[
                 *layer_map,
                 *((kind, rule) for kind, rule in own if rule is not None),
-                *_base(gates, _check_attention(attention), zero_params, type(self).__name__),
+                *_base(gates, check_attention(attention), zero_params, type(self).__name__),
             ],
             first_map=first_map,
             name_map=name_map,
@@ -157,15 +153,34 @@ class LRP(_OfDegreeOne):
             )
 
 
-class _Table(TypedDict, total=False):
-    """Rules of a preset beside ε, as arguments of `LRP`."""
+class _Rules(TypedDict, total=False):
+    """Rules of a preset, as arguments of `LRP`."""
 
-    first: Rule
     convolution: Rule
+    dense: Rule
+    first: Rule | None
+    types: Types
 
 
-class _EpsilonPreset(LRP):
-    """ε on dense layers, and what else the table of a preset says."""
+class _Preset(LRP):
+    """LRP with what all presets take, in the same order, and the rules of one."""
+
+    def __init__(
+        self,
+        canonizers: Canonizers,
+        layer_map: LayerMap,
+        first_map: FirstMap,
+        zero_params: Names,
+        gates: Gates,
+        attention: Attention,
+        rules: _Rules,
+    ) -> None:
+        maps: Any = {"layer_map": layer_map, "first_map": first_map, "zero_params": zero_params}
+        super().__init__(canonizers, **maps, gates=gates, attention=attention, **rules)
+
+
+class _EpsilonPreset(_Preset):
+    """ε on dense layers, and what else a preset says."""
 
     def __init__(
         self,
@@ -179,19 +194,11 @@ class _EpsilonPreset(LRP):
         gates: Gates = "signal",
         attention: Attention = "constant",
     ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            dense=Epsilon(epsilon, zero_params),
-            **self._table(stabilizer, zero_params, empty),
-        )
+        rules: _Rules = {"dense": Epsilon(epsilon, zero_params), **self._rules(stabilizer, zero_params, empty)}
+        super().__init__(canonizers, layer_map, first_map, zero_params, gates, attention, rules)
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
-        """Rules of the preset."""
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
+        """Rules of the preset beside ε."""
         raise NotImplementedError
 
 
@@ -220,7 +227,7 @@ class EpsilonPlus(_EpsilonPreset):
         As in `LRP`.
     """
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
         return {"convolution": ZPlus(stabilizer, zero_params, empty=empty)}
 
 
@@ -235,7 +242,7 @@ class EpsilonPlusFlat(_EpsilonPreset):
         As in `EpsilonPlus`.
     """
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
         return {"first": Flat(stabilizer), "convolution": ZPlus(stabilizer, zero_params, empty=empty)}
 
 
@@ -250,7 +257,7 @@ class EpsilonAlpha2Beta1(_EpsilonPreset):
         As in `EpsilonPlus`.
     """
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
         return {"convolution": AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty)}
 
 
@@ -265,12 +272,17 @@ class EpsilonAlpha2Beta1Flat(_EpsilonPreset):
         As in `EpsilonPlus`.
     """
 
-    def _table(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Table:
+    def _rules(self, stabilizer: Stabilize, zero_params: Names, empty: Empty) -> _Rules:
         return {"first": Flat(stabilizer), "convolution": AlphaBeta(2.0, 1.0, stabilizer, zero_params, empty=empty)}
 
 
+def _epsilon_gamma(epsilon: Stabilize, gamma: float, stabilizer: Stabilize, zero_params: Names) -> _Rules:
+    """γ on convolutions, ε on dense layers."""
+    return {"convolution": Gamma(gamma, stabilizer, zero_params), "dense": Epsilon(epsilon, zero_params)}
+
+
 @register("epsilon_gamma_box")
-class EpsilonGammaBox(LRP):
+class EpsilonGammaBox(_Preset):
     """γ on convolutions, ε on dense layers, zᴮ on the first convolution.
 
     Parameters
@@ -300,15 +312,6 @@ class EpsilonGammaBox(LRP):
         gates: Gates = "signal",
         attention: Attention = "constant",
     ) -> None:
-        super().__init__(
-            canonizers,
-            layer_map=layer_map,
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            first=ZBox(low, high, stabilizer, zero_params),
-            types=Convolution,
-            convolution=Gamma(gamma, stabilizer, zero_params),
-            dense=Epsilon(epsilon, zero_params),
-        )
+        rules = _epsilon_gamma(epsilon, gamma, stabilizer, zero_params)
+        rules |= {"first": ZBox(low, high, stabilizer, zero_params), "types": Convolution}
+        super().__init__(canonizers, layer_map, first_map, zero_params, gates, attention, rules)

@@ -16,20 +16,20 @@ from crp.composites.references import _ReferenceCalls
 from crp.composites.selection import MapEntry
 from crp.errors import StateError
 from crp.layers import on_reference
+from crp.layers.nested import changed, tensors_in
 from crp.notices import warn
 from crp.rules.account import Shares
 from crp.rules.base import Attachment
 from crp.rules.deeplift import Differences
 from crp.rules.functions import AFFINE, Function, activation
-from crp.rules.layer import Layer, _in_words, changed
+from crp.rules.layer import Layer, in_words
 from crp.rules.mode import Choice, SeeingMode, innermost_module
 from crp.rules.notes import FIRST
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation
 from crp.rules.redirect import overwritten
-from crp.rules.shared import _Proportional
+from crp.rules.shared import Proportional
 from crp.rules.whole import whole_call
-from crp.trace.recorder import tensors_in
 from crp.wording import first_few
 
 
@@ -128,7 +128,7 @@ class Operations(SeeingMode):
         if self.matching.is_counting:
             return op.run()
         if self.references.is_on and self.references.differ(op) and isinstance(self.attachment, Differences):
-            self.attachment.differing[_in_words(op.known.name, self.innermost())] = None
+            self.attachment.differing[in_words(op.known.name, self.innermost())] = None
         if choice.is_method and account is None and self.seen is None:
             return self._read_by(op) if self.attachment.rectifiable else op.function(*op.args, **op.kwargs)
         self._note_reading(op.inputs)
@@ -143,14 +143,14 @@ class Operations(SeeingMode):
         if is_recording or not any(tensor.requires_grad for tensor in tensors_in(target)):
             return result if written is None else written.copy_(result)
         if not choice.is_method:
-            self._untreated[_in_words(op.known.name, self.innermost())] = None
+            self._untreated[in_words(op.known.name, self.innermost())] = None
         self._list(op.known.name, choice)
         if is_kept and result is target:
             # (a function without a rule keeps what its inputs do not explain, and the account must close)
             layer = Layer(
                 op.function, op.args, op.kwargs, tuple(op.inputs), op.known, place=self.place(), result=result
             )
-            result = _Proportional().attach(self.attachment).operate(layer)
+            result = Proportional().attach(self.attachment).operate(layer)
             return result if written is None else overwritten(written, result)
         if account is not None and constant is not None and constant.any():
             target = account.absorb(self.place(), op.inputs[0], target, Shares(bias=constant))
@@ -259,19 +259,17 @@ class Operations(SeeingMode):
         return choice, known
 
     def _step_aside(self) -> None:
-        # (leaving the mode is cheaper than passing every function through it)
-        if not self._aside and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+        # (leaving the mode is cheaper than passing every function through it; it cannot leave below another one)
+        if _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             self.__exit__(None, None, None)
             self._aside = 1
         else:
-            self._aside += 2
+            self._aside = 2
 
     def _step_back(self) -> None:
-        if self._aside == 1:
-            self._aside = 0
+        aside, self._aside = self._aside, 0
+        if aside == 1:
             self.__enter__()  # type: ignore[no-untyped-call]
-        elif self._aside > 1:
-            self._aside -= 2
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from crp.trace.recorder import tensors_in
+from crp.layers.nested import tensors_in
 
 
 class Origins:

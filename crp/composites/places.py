@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from crp.layers import modules_of, referencing
+from crp.layers import OfThread, modules_of, referencing
 
 
 class Places:
@@ -27,7 +27,6 @@ class Places:
         self._running: list[tuple[str, int]] = []
         self._calls: dict[str, int] = {}
         self._handles: list[Any] = []
-        self._thread = 0
 
     @property
     def now(self) -> tuple[str, int]:
@@ -36,10 +35,9 @@ class Places:
 
     def track(self) -> None:
         """Begin to follow a forward pass, in this thread."""
-        self._thread = get_ident()
         for name, module in self.model.named_modules():
             if module is not self.model:
-                self._handles += _hook(module, partial(self._enter, name), self._leave)
+                self._handles += _hook(module, OfThread(partial(self._enter, name)), OfThread(self._leave))
 
     def stop(self) -> None:
         """End of the forward pass."""
@@ -50,12 +48,12 @@ class Places:
         self._calls.clear()
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        if get_ident() == self._thread and not referencing():
+        if not referencing():
             self._calls[name] = self._calls.get(name, -1) + 1
             self._running.append((name, self._calls[name]))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if get_ident() == self._thread and not referencing() and self._running:
+        if not referencing() and self._running:
             self._running.pop()
 
     def names(self) -> dict[int, str]:
@@ -77,15 +75,9 @@ def _hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., An
     ]
 
 
-class _Lasting:
-    """Handle of a context that lasts until it is removed."""
-
-    def __init__(self, state: AbstractContextManager[Any]) -> None:
-        state.__enter__()
-        self._state: AbstractContextManager[Any] | None = state
-
-    def remove(self) -> None:
-        """Leave the context."""
-        state, self._state = self._state, None
-        if state is not None:
-            state.__exit__(None, None, None)
+def _lasting(*contexts: AbstractContextManager[Any]) -> SimpleNamespace:
+    """Handle of contexts that last until it is removed."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        return SimpleNamespace(remove=stack.pop_all().close)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
-from crp.trace import Structure, looking, undisturbed
-from crp.trace.recorder import tensors_in
+from crp.layers import looking
+from crp.layers.nested import tensors_in
+from crp.layers.state import undisturbed
+from crp.trace import Structure
 
 if TYPE_CHECKING:
     from crp.composites.operations import Operations

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from crp.errors import StateError
 from crp.layers.interrupts import atomic
-from crp.rules.deeplift import _same
-from crp.rules.layer import Layer, changed
+from crp.layers.nested import changed, tensors_in
+from crp.rules.deeplift import same_values
+from crp.rules.layer import Layer
 from crp.rules.operation import Operation
-from crp.trace.recorder import tensors_in
 
 
 class _ReferenceCalls:
@@ -102,7 +102,7 @@ def _is_same(value: Tensor | float, value0: Tensor | float, version: int) -> boo
     """Whether a constant has not changed, as far as that can be known."""
     if not isinstance(value, Tensor) or not isinstance(value0, Tensor):
         return isinstance(value, float) and value == value0
-    return value.shape != value0.shape or value0._version != version or _same(value, value0)
+    return value.shape != value0.shape or value0._version != version or same_values(value, value0)
 
 
 def _comparable(shape: tuple[int, ...], of_reference: tuple[int, ...]) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,8 @@ from crp.composites.matching import SeenOperation
 from crp.errors import InputTypeError
 from crp.layers import evaluating, hooked, referencing, tracing
 from crp.layers.misfits import telling_misfits
-from crp.rules.layer import _in_words, changed
+from crp.layers.nested import changed
+from crp.rules.layer import in_words
 from crp.wording import counted
 
 CHAIN_RULE = "ordinary chain rule"
@@ -139,11 +139,10 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
         raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}; a sample comes after it")
     modules = dict(model.named_modules())
     calls: Counter[str] = Counter()
-    thread = get_ident()
 
     def count(name: str, *_: Any) -> None:
         # (not where the model runs for a record only, or on a reference)
-        if get_ident() == thread and not (tracing() or referencing()):
+        if not (tracing() or referencing()):
             calls.update([name])
 
     counting = {module: partial(count, name) for name, module in modules.items()}
@@ -173,7 +172,7 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
         for name, module in modules.items()
         if name in ran or name in told or (module._parameters and not calls[name])
     }
-    left = dict.fromkeys(_in_words(one.operation, one.layer) for one in seen if not one.is_method)
+    left = dict.fromkeys(in_words(one.operation, one.layer) for one in seen if not one.is_method)
     return Report(
         repr(composite),
         type(model).__name__,

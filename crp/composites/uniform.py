@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from crp.composites.base import Canonizers, FirstMap, LayerMap
-from crp.composites.lrp import LRP
+from crp.composites.lrp import _Preset, _Rules
 from crp.composites.registry import register
 from crp.composites.selection import Functions
 from crp.rules import lrp as rules
@@ -14,29 +14,15 @@ from crp.rules.lrp import Empty, Names
 from crp.rules.stabilizer import Stabilize
 
 
-class _Uniform(LRP):
+class _Uniform(_Preset):
     def __init__(
-        self,
-        canonizers: Canonizers,
-        rule: rules.LRPRule,
-        layer_map: LayerMap,
-        first_map: FirstMap,
-        zero_params: Names,
-        gates: Gates,
-        attention: Attention,
-    ) -> None:
+        self, canonizers: Canonizers, rule: rules.LRPRule, layer_map: LayerMap, first_map: FirstMap, zero_params: Names,
+        gates: Gates, attention: Attention,
+    ) -> None:  # fmt: skip
         # By LRP-0, batch norm is the same merged and not merged: an affine function, whose shift keeps its share.
         norms = [(Functions(("batch_norm",)), Normalization(zero_params))] if isinstance(rule, rules.Epsilon) else []
-        super().__init__(
-            canonizers,
-            layer_map=[*layer_map, *norms],
-            first_map=first_map,
-            gates=gates,
-            attention=attention,
-            zero_params=zero_params,
-            convolution=rule,
-            dense=rule,
-        )
+        own: _Rules = {"convolution": rule, "dense": rule}
+        super().__init__(canonizers, [*layer_map, *norms], first_map, zero_params, gates, attention, own)
 
 
 @register("lrp_0")

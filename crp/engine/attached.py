@@ -17,11 +17,12 @@ from zennit.core import BasicHook, Composite, Hook
 from crp.engine.door import _check_merged, check_weights
 from crp.engine.encoding import propagation_of
 from crp.engine.last_calls import LastCalls, PlainSums
-from crp.engine.module_hooks import _ON_ALL_MODULES, OfThread, _hooks_of
+from crp.engine.module_hooks import _ON_ALL_MODULES, _hooks_of
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
 from crp.layers import (
     ByChainRule,
+    OfThread,
     evaluating,
     hooked,
     modules_of,
@@ -274,7 +275,7 @@ def put_on(composite: Composite | None, model: nn.Module, tell: Callable[[str], 
             composite.register(model)
             for hooks, number in [] if asked.isolates else _forward_hooks_of(modules_of(model)):
                 if (id(hooks), number) not in before:
-                    hooks[number] = OfThread(hooks[number], get_ident())
+                    hooks[number] = OfThread(hooks[number])
             if not (asked.isolates or composite.hook_refs or composite.module_map is Composite._empty_module_map):
                 tell(
                     f"{_kind(composite)} has a rule for no layer of the model, and gives the plain gradient: rules of "
@@ -332,11 +333,11 @@ def _called_once(model: nn.Module, tell: Callable[[str], None]) -> Iterator[None
                 "on top of another; leave the context of the first, or use it alone"
             )
     watched = {
-        module: OfThread(calls.watch(name), get_ident())
+        module: calls.watch(name)
         for name, (module, of_layer) in rules.items()
         if any(isinstance(rule, BasicHook) for rule in of_layer)
     }
-    with hooked(watched), hooked({model: OfThread(sums.watch_call, get_ident())} if watched else {}):
+    with hooked(watched), hooked({model: sums.watch_call} if watched else {}):
         yield
     for problem in filter(None, (sums.problem(), calls.problem(rules))):
         tell(problem)

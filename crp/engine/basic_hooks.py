@@ -8,7 +8,6 @@ together. What they are, and what is made of their gradients, is for the hook to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from threading import get_ident
 from typing import Any, TypeGuard
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from zennit import rules
 from zennit.core import BasicHook, ParamMod
 
-from crp.engine.module_hooks import OfThread
-from crp.layers import modules_of
+from crp.layers import OfThread, modules_of
 from crp.layers.interrupts import atomic
 
 
@@ -36,7 +34,7 @@ def _batched_hooks(model: nn.Module) -> Iterator[None]:
                     if _is_basic(hook := getattr(method, "__self__", None)):
                         own.append((hooks, number, method))
                         step = next(batched.setdefault(id(hook), _Batched(hook)).steps)
-                        hooks[number] = OfThread(step, get_ident())
+                        hooks[number] = OfThread(step)
         yield
     finally:
         for hooks, number, method in own:

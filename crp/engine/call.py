@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import TypeAlias
 
 import torch
@@ -23,7 +23,7 @@ from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.masks import Given, _check_channels, mask_factory, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
-from crp.engine.model_state import changed_weights, weights_of
+from crp.engine.model_state import Parts, changed_parts, parts_by_name
 from crp.engine.results import Part, _results_of, average, in_order
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
@@ -40,7 +40,7 @@ from crp.engine.targets import (
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
 from crp.notices import warn
-from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFactory, Sinks
+from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFactory, MaskFn, Sinks
 from crp.wording import first_few
 
 #: ``(call, composite, rows) -> results, or None``
@@ -107,7 +107,8 @@ class Call:
                 "set attribution.MODEL_OUTPUT_NAME to another name"
             )
         conditions = check_conditions(conditions, settings.output_name, settings.start, settings.init_rel is not None)
-        check_layers(model, [] if settings.start is None else [settings.start], "start_layer")
+        if settings.start is not None:
+            check_layers(model, [settings.start], "start_layer")
         if overrides.broadcast is None:
             rows = Rows.broadcast(len(inputs), conditions)
         else:
@@ -119,11 +120,11 @@ class Call:
             rows = Rows.of(range(len(inputs)), conditions)
         inputs = inputs.to(device)
         if channels_last:
-            usual = rows.layers(settings.output_name) or any(method is not None for method in vars(overrides).values())
-            settings = replace(settings, channels_last=not usual and Encoding.of(composite).multiplier)
+            is_plain = not (rows.layers(settings.output_name) or overrides.are_any)
+            settings = replace(settings, channels_last=is_plain and Encoding.of(composite).multiplier)
         call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
         for layer in call.conditioned:
-            row_masks({}, layer, settings.mask_map, call._multiplies())
+            call._masks({}, layer)
         return call
 
     def parts(self) -> Iterator[Part]:
@@ -146,16 +147,16 @@ class Call:
         return result
 
     def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:
-        """Means of several runs; an error where weights are changed between two parts, which would be of two models."""
-        known, by_hand = dict[str, tuple[Tensor, int]](), False
+        """Means of several runs; an error where the model is another one for the next part than for those before."""
+        known, by_hand = Parts(), False
         chunks = self._chunks()
         for number in range(len(chunks)):
             # (a composite that was put on by hand, and is taken off now, may have merged weights)
             is_same = known and by_hand == is_on(self.composite, self.model)
-            if is_same and changed_weights(known, weights_of(self.model)):
+            if is_same and changed_parts(known, parts_by_name(self.model)):
                 # (another thread may have swapped weights for a while, and gives them back with its turn)
                 with put_on(None, self.model):
-                    changed = changed_weights(known, weights_of(self.model))
+                    changed = changed_parts(known, parts_by_name(self.model))
                 if changed:
                     raise InputError(
                         f"{first_few([repr(name) for name in changed], 5)} of the model changed between parts, which "
@@ -168,7 +169,7 @@ class Call:
                 look.check(self.inputs, map(self._samples, chunks), self.overrides.select)
             if number < len(chunks) - 1:
                 with TURNS.taken(parts_of(self.model)):  # (in its turn, another thread may have swapped weights)
-                    known, by_hand = weights_of(self.model), is_on(self.composite, self.model)
+                    known, by_hand = parts_by_name(self.model), is_on(self.composite, self.model)
             yield part.pop()
 
     def absorbed(self) -> AbsorbedRelevance:
@@ -302,9 +303,11 @@ class Call:
         layers = self.rows.layers(self.settings.output_name)
         return not self.settings.exclude_parallel and any(name != self.settings.start for name in layers)
 
-    def _multiplies(self) -> bool:
-        """Whether a gradient flows, or multipliers, and not relevance itself."""
-        return not _rules_by_hand(self.model) if self.composite is None else Encoding.of(self.composite).multiplier
+    def _masks(self, rows: Mapping[int, Condition], layer: str, n_entries: int = 1) -> list[MaskFn]:
+        """Mask functions of a layer, as the conditions of rows say."""
+        is_gradient = self.composite is None and not _rules_by_hand(self.model)
+        multiplies = is_gradient or Encoding.of(self.composite).multiplier
+        return row_masks(rows, layer, self.settings.mask_map, multiplies, n_entries)
 
     def _samples(self, rows: Rows) -> tuple[int, ...]:
         """Sample of each column of a forward pass for these rows, which share columns if they may."""
@@ -339,9 +342,7 @@ class Call:
             prediction = passed.of_rows(root, rows, copy=not last)
         start = Starts.of_each(self.given.start.to(prediction)) if self.given else self._start(prediction, passed, rows)
         backward = (self.overrides.backward or send_back) if self._masks_in_flow() else None
-        make_masks: MakeMasks = partial(row_masks, mask_map=self.settings.mask_map, multiplies=self._multiplies())
-        if self.given is not None:
-            make_masks = self.given.make_masks
+        make_masks: MakeMasks = self.given.make_masks if self.given else self._masks
         return prediction, start, _send_rows_back(passed, rows, start, self.settings, make_masks, backward, last)
 
     def _explains_positions(self, rows: Rows) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crp.engine.call import Call
+from crp.layers.nested import changed
 
 
 def with_copies(call: Call) -> Call:
@@ -21,11 +22,9 @@ def with_copies(call: Call) -> Call:
 
 
 def copied(value: Any) -> Any:
-    """Copy of tensors and arrays, and of lists, tuples, sets and dicts of them; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
-    return type(value)(map(copied, value)) if type(value) in (list, tuple, set) else value
+    """Copy of tensors, arrays and sets, alone or nested (see `changed`); anything else as it is."""
+
+    def copy(each: Any) -> Any:
+        return each.detach().clone() if isinstance(each, Tensor) else each.copy()
+
+    return changed(value, copy, (Tensor, np.ndarray, set))

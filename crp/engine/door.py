@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
 from numbers import Integral
 from typing import Any
@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from zennit.core import Composite
 
 from crp.errors import InputError, InputTypeError
-from crp.layers.devices import _MOVING
+from crp.layers.devices import MOVING
+from crp.layers.nested import tensors_in
 from crp.layers.packed import is_packed
 from crp.notices import kind_of, warn
 from crp.wording import first_few
@@ -82,7 +83,7 @@ def check_weights(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     They are looked at again only if they have changed.
     """
     # (layers that are offloaded get theirs when they are called)
-    here = [module for module in modules if _MOVING not in module.__dict__]
+    here = [module for module in modules if MOVING not in module.__dict__]
     tensors = [p for module in here for p in module._parameters.values() if p is not None]
     if any(map(is_lazy, tensors)):
         named = [*model.named_parameters(), *model.named_buffers()]
@@ -152,7 +153,7 @@ def check_result(model: nn.Module, heatmap: object, prediction: object) -> None:
     Weights or buffers that are not finite are named; otherwise numbers have become too large on the way.
     """
     if _all_finite(heatmap):
-        if any(is_lost_in_float16(part, part.dtype) for part in _parts_of(heatmap)):
+        if any(is_lost_in_float16(part, part.dtype) for part in tensors_in(heatmap)):
             warn(
                 f"relevance is below {_LEAST:.0e} everywhere in some rows, where float16 has few digits left, or none: "
                 "compute in bfloat16 or float32, or start with more, such as init_rel=1000"
@@ -165,16 +166,7 @@ def check_result(model: nn.Module, heatmap: object, prediction: object) -> None:
 
 
 def _all_finite(result: object) -> bool:
-    return all(map(is_finite, _parts_of(result)))
-
-
-def _parts_of(result: object) -> Iterator[Tensor]:
-    """A tensor, or all in a dict, tuple or list."""
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, dict | tuple | list):
-        for part in result.values() if isinstance(result, dict) else result:
-            yield from _parts_of(part)
+    return all(map(is_finite, tensors_in(result)))
 
 
 def is_lost_in_float16(relevance: Tensor, *dtypes: torch.dtype) -> bool:

@@ -80,7 +80,7 @@ class ForwardPass:
         returned_for_reference: list[Any] = []
 
         def keep_reference(module: nn.Module, args: Any, output: Any) -> None:
-            if referencing():  # (so that it is this thread that runs the model)
+            if referencing():
                 returned_for_reference.append(output)
 
         with hooked({model: keep_reference}), tapped(model, roles) as taps, torch.enable_grad():

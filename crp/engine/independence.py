@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
-from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,12 @@ from crp.errors import InputError
 from crp.layers import looking, modules_of, nesting_encoders
 from crp.layers.devices import device_of
 from crp.layers.interrupts import atomic
-from crp.layers.state import GENERATORS, Snapshot, random_states, undisturbed
+from crp.layers.state import GENERATORS, Snapshot, random_numbers, undisturbed
 from crp.notices import warn
 from crp.wording import first_few, percent
 
-#: Deviation of an output, relative to its largest value, up to which it is rounding; that of short numbers, with which
-#: GPUs also multiply those of 32 bits.
+#: Deviation of an output, relative to its largest value, by which kernels may differ; with short numbers, by which GPUs
+#: also multiply those of 32 bits, it is larger.
 _TOLERANCE, _SHORT_TOLERANCE = 1e-3, 0.02
 #: Models that predict each sample by itself, and those that give the same again, as far as was seen.
 _independent: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -53,7 +52,7 @@ class FirstLook:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self.is_first = model, model not in _looked_at
-        self._states = _states_of(model) if self.is_first else []
+        self._states = random_numbers([device_of(model)]) if self.is_first else []
 
     def check(self, inputs: Inputs, passes: Iterator[Sequence[int]], select: Callable[[Any], Any]) -> None:
         """Check what the model did for these samples; as `check_independent`, and whether it would do so again."""
@@ -61,7 +60,7 @@ class FirstLook:
         check_independent(model, inputs, chain([first], passes), select)
         if not self.is_first or model in _looked_at or is_traced():
             return
-        has_drawn = not all(map(np.array_equal, self._states, _states_of(model)))
+        has_drawn = not all(map(np.array_equal, self._states, random_numbers([device_of(model)])))
         may_draw = has_drawn or State(model).leads_to(GENERATORS)
         if may_draw and _depends_on_draws(model, inputs.select([0])):
             _warn_of_draws(model)
@@ -160,12 +159,6 @@ def check_keeps_nothing(model: nn.Module, inputs: Inputs) -> None:
         _warn_of_draws(model)
 
 
-def _states_of(model: nn.Module) -> list[Any]:
-    """States of the global random generators that a model may draw from, in parts that can be compared."""
-    states = [state for state, _ in random_states([device_of(model)])]
-    return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
-
-
 def _warn_of_draws(model: nn.Module) -> None:
     _looked_at.add(model)
     warn(
@@ -219,11 +212,11 @@ def _looking_at(model: nn.Module) -> Iterator[Snapshot]:
     """Context in which a model runs unseen by hooks that are not its own, and after which it is as it was."""
     as_it_was, nothing_told = undisturbed(model, later=model.parameters()), lambda _: None  # (told where it explains)
     with put_on(None, model, nothing_told), looking(), torch.no_grad(), as_it_was as snapshot:
-        modules, thread = modules_of(model).values(), get_ident()
+        modules = modules_of(model).values()
         parts = set(map(id, modules))
 
         def silent(hook: Callable[..., Any]) -> Callable[..., Any]:
-            return hook if id(getattr(hook, "__self__", None)) in parts else _OfOtherThreads(hook, thread)
+            return hook if id(getattr(hook, "__self__", None)) in parts else _OfOtherThreads(hook)
 
         with _changed_hooks(modules, silent):
             yield snapshot
@@ -284,6 +277,7 @@ def _deviation(outputs: list[Tensor], others: list[Tensor]) -> float:
 
 
 def _tolerance(inputs: Inputs) -> float:
+    """Deviation of an output that is rounding, for data of this type on this device."""
     data = inputs.explained[0]
     is_short = data.element_size() < (8 if data.is_cuda else 4) or torch.is_autocast_enabled(data.device.type)
     return _SHORT_TOLERANCE if is_short else _TOLERANCE

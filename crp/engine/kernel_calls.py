@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from crp.engine.program import KernelCall, Value, compiled
 from crp.engine.recordings import NotReplayableError, Run, Tensors, some
 from crp.layers.devices import relying
+from crp.layers.nested import tensors_in
 
 #: Properties of operations of which a program of others cannot be made: what Python goes on with depends on values.
 _RANDOM = {torch.Tag.nondeterministic_seeded}
@@ -104,24 +105,26 @@ class _Calls(TorchDispatchMode):
         kwargs = kwargs or {}
         form = func._schema.arguments
         given = {argument.name: value for argument, value in zip(form, args, strict=False)} | kwargs
-        read = {_place(tensor) for tensor in _tensors((args, kwargs))}
+        read = {_place(tensor) for tensor in tensors_in((args, kwargs))}
         unfit = _UNFIT & {*func.tags} if read - self._fixed else _RANDOM & {*func.tags}
         if func.namespace != "aten" or (unfit and not _is_harmless(func, given)):
             raise NotReplayableError(f"{func} depends on values, draws random numbers, or is unknown")
         written = [given.get(each.name) for each in form if each.alias_info is not None and each.alias_info.is_write]
-        if not all(map(self._is_own, _tensors(written))):
+        if not all(map(self._is_own, tensors_in(written))):
             raise NotReplayableError(f"{func} writes to what was there before")
         taken, named = tree_map(self._value, (args, kwargs))
         result = func(*args, **kwargs)
-        made = {_place(tensor): tensor for tensor in _tensors(result) if _place(tensor) not in read}
+        made = {_place(tensor): tensor for tensor in tensors_in(result) if _place(tensor) not in read}
         for place, tensor in made.items():
             self._own[place] = StorageWeakRef(tensor.untyped_storage()), self._n  # type: ignore[no-untyped-call]
             self._n += 1
         if read <= self._fixed:
             self._fixed |= made.keys()
         else:
-            self._fixed -= made.keys() | {_place(tensor) for tensor in _tensors(written)}
-        if written or result is None or _tensors(result):  # (others tell of forms, which are the same at each call)
+            self._fixed -= made.keys() | {_place(tensor) for tensor in tensors_in(written)}
+        if (
+            written or result is None or any(True for _ in tensors_in(result))
+        ):  # (others tell of forms, which are the same at each call)
             self._calls.append(KernelCall(func, taken, named, tree_map(self._new_value, result)))
         return result
 
@@ -171,13 +174,9 @@ class _Calls(TorchDispatchMode):
 def _is_harmless(func: Any, given: Mapping[str, Any]) -> bool:
     """Whether an operation that may depend on values does not: places without a mask, or attention without dropout."""
     if func is torch.ops.aten.index.Tensor:
-        return not any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(given["indices"]))
+        return not any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors_in(given["indices"]))
     return "scaled_dot_product" in func.name() and given.get("dropout_p", 0.0) == 0.0
 
 
 def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

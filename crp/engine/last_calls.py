@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from crp.layers.autograd import graph_nodes
+from crp.layers.nested import tensors_in
 from crp.wording import counted
 
 
@@ -74,7 +74,7 @@ class PlainSums:
 
     def watch_call(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
         """Forward hook for the model."""
-        made = [leaf for leaf in tree_leaves(getattr(output, "logits", output)) if isinstance(leaf, Tensor)]
+        made = tensors_in(getattr(output, "logits", output))
         for number, node in enumerate(filter(_adds_branches, graph_nodes(made))):
             node.register_prehook(lambda _gradients, number=number: self.passed.add(number))
 

@@ -16,16 +16,13 @@ from torch import Tensor, nn
 
 from crp.engine.backward import lacks_memory
 from crp.engine.forward import ForwardPass
+from crp.engine.independence import _tolerance
 from crp.engine.inputs import Inputs
 from crp.engine.model_state import is_watched
 from crp.layers import modules_of
 
 #: Share of depthwise ones among a model's convolutions that decides: MobileNet has 0.33, EfficientNet 0.2.
 _DEPTHWISE = 1 / 6
-#: Largest deviation of a prediction, relative to the largest one: what different kernels may differ by; and with the
-#: short numbers that GPUs multiply.
-_TOLERANCE, _SHORT_TOLERANCE = 1e-3, 2e-2
-
 #: Share of depthwise ones among a model's convolutions; None where it has none.
 _shares: weakref.WeakKeyDictionary[nn.Module, float | None] = weakref.WeakKeyDictionary()
 #: Whether a model gives the same with the channels last, by the shape of a sample.
@@ -87,6 +84,5 @@ def run_channels_last(run: Callable[[Inputs], ForwardPass], model: nn.Module, in
         return None
     if usual is not None:
         off = (passed.output.detach() - usual).abs().max() if passed.output.shape == usual.shape else torch.inf
-        tolerance = _SHORT_TOLERANCE if usual.is_cuda else _TOLERANCE
-        known[shape] = bool(off <= tolerance * usual.abs().max())
+        known[shape] = bool(off <= _tolerance(inputs) * usual.abs().max())
     return passed if known[shape] else None

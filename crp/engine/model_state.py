@@ -33,8 +33,9 @@ from zennit.core import Composite
 
 from crp.engine.module_hooks import _ON_ALL_MODULES, _hooks_of
 from crp.layers import modules_of
-from crp.layers.devices import _MOVING
+from crp.layers.devices import MOVING
 from crp.layers.marks import TensorMark
+from crp.layers.state import version_of
 
 #: Attributes that torch gives every module: parameters and buffers are compared one by one, and where there are hooks,
 #: nothing is.
@@ -66,7 +67,7 @@ def is_traced() -> bool:
 def is_watched(model: nn.Module) -> bool:
     """Whether hooks on a model, or modes of torch, see each of its calls, so that none of them may be left out."""
     modules = modules_of(model).values()
-    is_moved = any(_MOVING in module.__dict__ for module in modules)
+    is_moved = any(MOVING in module.__dict__ for module in modules)
     return is_traced() or is_moved or any(_ON_ALL_MODULES) or any(map(any, map(_hooks_of, modules)))
 
 
@@ -208,25 +209,31 @@ def _key_of(code: CodeType, around: Iterable[object]) -> Hashable:
     return code, *map(id, around)
 
 
-def weights_of(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """Parameters and buffers by name, with their versions, which every write but those through ``.data`` changes."""
+#: Parts of a model by name, with versions.
+Parts: TypeAlias = dict[str, tuple[object, int]]
+
+
+def parts_by_name(model: nn.Module) -> Parts:
+    """Modules, parameters and buffers, with the versions of tensors: any write but those through ``.data`` changes it.
+
+    Those of inference mode have none.
+    """
     # (torch's own `named_parameters` takes as long as what a GPU does for a small part)
-    return {
-        f"{name}.{own}" if name else own: (t, 0 if t.is_inference() else t._version)
-        for name, module in modules_of(model).items()
-        for tensors in (module._parameters, module._buffers)
-        for own, t in tensors.items()
-        if t is not None
-    }
+    modules, found = modules_of(model), Parts()
+    for name, module in modules.items():
+        found[name] = module, 0
+        for tensors in (module._parameters, module._buffers):
+            for own, tensor in tensors.items():
+                if tensor is not None:
+                    found[f"{name}.{own}" if name else own] = tensor, version_of(tensor) or 0
+    return found
 
 
-def changed_weights(before: dict[str, tuple[Tensor, int]], after: dict[str, tuple[Tensor, int]]) -> list[str]:
-    """Names of those that were replaced, written to or taken away."""
-    return [
-        name
-        for name, (tensor, version) in before.items()
-        if name not in after or after[name][0] is not tensor or after[name][1] != version
-    ]
+def changed_parts(before: Parts, after: Parts) -> list[str]:
+    """Names of those that were replaced, written to, added or taken away."""
+    none = None, 0
+    pairs = {name: (before.get(name, none), after.get(name, none)) for name in {**before, **after}}
+    return [name for name, (one, other) in pairs.items() if one[0] is not other[0] or one[1] != other[1]]
 
 
 def _package(names: Mapping[str, Any], owner: object = None) -> str:

@@ -1,7 +1,4 @@
-"""Hooks of modules that act for a while in one thread only, or in others only.
-
-A hook is of one module or, by functions of `torch.nn.modules.module`, of all modules of the process.
-"""
+"""Hooks of modules: those of one module and, by functions of `torch.nn.modules.module`, of all of the process."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from crp.layers import OfThread
 from crp.layers.interrupts import atomic
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -24,20 +22,8 @@ _hooks_of: Callable[[nn.Module], tuple[dict[int, Any], ...]] = attrgetter(*HOOKS
 _ON_ALL_MODULES: tuple[dict[int, Any], ...] = tuple(vars(torch_module)[f"_global{kind}"] for kind in HOOKS)
 
 
-class OfThread:
-    """Hook of a module that acts in one thread, and does nothing in others that call the model meanwhile."""
-
-    def __init__(self, hook: Callable[..., Any], thread: int) -> None:
-        self._hook, self._thread = hook, thread
-        self.__self__ = getattr(hook, "__self__", None)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the hook returns, in its thread."""
-        return self._hook(*args, **kwargs) if get_ident() == self._thread else None
-
-
 class _OfOtherThreads(OfThread):
-    """Hook of a module that acts in all threads but one."""
+    """Hook of a module that acts in all threads but the one that has made it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the hook returns, in other threads."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import gc
-import random
 import sys
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from types import CodeType, FrameType, ModuleType
@@ -15,6 +14,7 @@ from torch import nn
 
 from crp.engine.model_state import _SETTLED, State, _key_of, _package
 from crp.engine.recordings import NotReplayableError
+from crp.layers.state import random_numbers
 
 #: Functions through which values are read, and which no operation of torch tells of.
 _READING = {
@@ -61,7 +61,7 @@ class NamesRead:
     def __enter__(self) -> NamesRead:
         if sys.getprofile() is not None:
             raise NotReplayableError("a profiler sees each call")
-        self._random, self._collects = _random_numbers(), gc.isenabled()
+        self._random, self._collects = random_numbers(), gc.isenabled()
         gc.disable()  # (others are called when garbage is collected, wherever that is)
         sys.setprofile(self._see)
         return self
@@ -73,7 +73,7 @@ class NamesRead:
         unknown = [name for key, name in self._called.items() if key not in {*self._functions, *self._state.functions}]
         if unknown:
             self._why = f"{unknown[0]} takes something from around it"
-        elif _random_numbers() != self._random:
+        elif not all(map(np.array_equal, random_numbers(), self._random)):
             self._why = "random numbers were drawn"
         elif not self.are_same():
             self._why = "a name stands for something else than when it was read, or for what cannot be looked at"
@@ -107,20 +107,20 @@ class NamesRead:
 
     def _note_names_in(self, code: CodeType, names: Mapping[str, Any], kind: type) -> None:
         """Note names that a function looks up, and those of the class of its first argument."""
-        then = {code.co_name, *code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
+        inner = {code.co_name, *code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
         # (special methods, which no code names, may be functions of another name)
         of_classes = (entry for one in kind.__mro__ for entry in vars(one).items())
-        then |= {name for name, value in of_classes if getattr(value, "__code__", None) is code}
+        inner |= {name for name, value in of_classes if getattr(value, "__code__", None) is code}
         for step in dis.get_instructions(code):
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                self._note(names, names, step.argval, then, {id(names)})
+                self._note(names, names, step.argval, inner, {id(names)})
             elif step.opname == "IMPORT_NAME":
                 for name in _names_of_module(step.argval, str(names.get("__package__") or "")):
-                    self._note(sys.modules, sys.modules, name, then, set())
-        self._note_names_of(kind, then, set())
+                    self._note(sys.modules, sys.modules, name, inner, set())
+        self._note_names_of(kind, inner, set())
 
-    def _note(self, owner: object, names: Mapping[str, Any], name: str, then: Collection[str], done: set[int]) -> None:
-        """Note what a name stands for, and, where that is a module or class, names ``then`` of it."""
+    def _note(self, owner: object, names: Mapping[str, Any], name: str, inner: Collection[str], done: set[int]) -> None:
+        """Note what a name stands for, and, where that is a module or class, ``inner`` names of it, too."""
         value = names.get(name, _Missing)
         if (id(owner), name) not in self._places:
             self._places[id(owner), name] = names
@@ -128,15 +128,15 @@ class NamesRead:
             if isinstance(value, nn.Module):
                 self._why = f"{name} is beside the model"
         if isinstance(value, ModuleType | type) and id(value) not in done:
-            self._note_names_of(value, then, done)
+            self._note_names_of(value, inner, done)
 
-    def _note_names_of(self, owner: ModuleType | type, then: Collection[str], done: set[int]) -> None:
+    def _note_names_of(self, owner: ModuleType | type, inner: Collection[str], done: set[int]) -> None:
         """Note names of a module, or of a class and its bases, up to the first that has them."""
         done.add(id(owner))
         owners = [one for one in getattr(owner, "__mro__", [owner]) if _package(vars(one), one) not in _SETTLED]
-        for name in {name for one in owners for name in vars(one).keys() & {*then}}:
+        for name in {name for one in owners for name in vars(one).keys() & {*inner}}:
             for one in owners:
-                self._note(one, vars(one), name, then, done)
+                self._note(one, vars(one), name, inner, done)
                 if name in vars(one):
                     break
 
@@ -148,9 +148,3 @@ def _names_of_module(name: str, package: str) -> Iterator[str]:
         full = ".".join([*above[:length], name]).strip(".")
         if full in sys.modules and full.partition(".")[0] not in _SETTLED:
             yield full
-
-
-def _random_numbers() -> list[object]:
-    """State of generators of random numbers; those of torch are drawn by its operations."""
-    of_numpy: Any = np.random.get_state()  # noqa: NPY002 (what a model may draw from)
-    return [random.getstate(), bytes(of_numpy[1]), *of_numpy[2:]]

@@ -150,9 +150,8 @@ def _is_replayable(call: Call, composite: Composite) -> bool:
     per_sample = kind.expect is not Propagation.expect or kind.members_for is not Propagation.members_for
     in_flow = not settings.exclude_parallel and bool(call.rows.layers(settings.output_name))
     usual = settings.init_rel is None and settings.start is None and not in_flow
-    own = per_sample or any(method is not None for method in vars(call.overrides).values())
     usual = usual and not torch.is_inference_mode_enabled()  # (which is refused)
-    return usual and not own and settings.on_device is None and not is_traced()
+    return usual and not (per_sample or call.overrides.are_any) and settings.on_device is None and not is_traced()
 
 
 def _shapes_of(results: AttributionResults) -> dict[str | None, torch.Size]:

@@ -66,6 +66,11 @@ class Overrides:
     backward: Callable[..., None] | None = None
 
     @property
+    def are_any(self) -> bool:
+        """Whether there is one."""
+        return any(method is not None for method in vars(self).values())
+
+    @property
     def select(self) -> Callable[[Any], Tensor]:
         """Takes what is explained from what the model returns."""
         return self.select_output or tensor_in

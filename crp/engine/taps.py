@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn, preserve_format
@@ -30,18 +29,15 @@ class Tap:
         Of each call of the layer.
     references : list of Tensor
         Of the same calls for the reference input of a composite that has one.
-    thread : int
-        Whose calls are kept; others pass.
     """
 
     layer: str
     outputs: list[Tensor] = field(default_factory=list)
     references: list[Tensor] = field(default_factory=list)
-    thread: int = field(default_factory=get_ident)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """Forward hook, with keywords."""
-        if get_ident() != self.thread or tracing() or watch():
+        if tracing() or watch():
             return None
         check_returned(output, module, self.layer)
         if referencing():
@@ -50,7 +46,7 @@ class Tap:
         # Dropout and the like return their input, which what flows past the layer reads too.
         passed_on = any(output is given for given in (*args, *kwargs.values()))
         self.outputs.append(output.clone() if passed_on else output)
-        return self.outputs[-1].clone(memory_format=preserve_format)  # (rules know it by this argument)
+        return self.outputs[-1].clone(memory_format=preserve_format)  # (which tells rules that it is our copy)
 
     def call_meant(self, number: int | None, role: str) -> int | None:
         """Which call is meant by the number in a layer's name, or by none; None where nothing can be recorded."""
@@ -126,10 +122,10 @@ def changed_at(model: nn.Module, layer: str, change: Callable[[Tensor], Tensor])
     check_layers(model, [layer], "layer")
     modules = modules_of(model)
     name, is_input, number = Address.of(layer, modules)
-    thread, calls = get_ident(), list[bool]()
+    calls = list[bool]()
 
     def hook(module: nn.Module, _args: object, _kwargs: object, output: Any) -> Tensor | None:
-        if get_ident() != thread or tracing() or referencing() or watch():
+        if tracing() or referencing() or watch():
             return None
         calls.append(number in (None, len(calls)))
         if not calls[-1]:
@@ -176,12 +172,12 @@ def in_call_order(model: nn.Module, layers: Sequence[str], run: Callable[[nn.Mod
     None is before what it is computed from: a block is behind the layers inside of it. Layers that are not called are
     at the end.
     """
-    known, thread = modules_of(model), get_ident()
+    known = modules_of(model)
     addresses = {layer: Address.of(layer, known) for layer in layers}
     calls: list[tuple[str, bool]] = []
 
     def note(place: tuple[str, bool], *_: object) -> None:
-        if get_ident() == thread and not referencing():
+        if not referencing():
             calls.append(place)
 
     places = {(address.layer, address.is_input) for address in addresses.values()}

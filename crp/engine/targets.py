@@ -27,7 +27,7 @@ from crp.outputs import Position as Position
 from crp.wording import shortened
 
 #: What to write where a model has one score for each sample, and no axis of classes.
-_ONE_SCORE = "with output=lambda scores: scores[:, None], a single score of each sample is class 0"
+ONE_SCORE = "with output=lambda scores: scores[:, None], a single score of each sample is class 0"
 
 
 def check_target(targets: Any, what: str) -> None:
@@ -57,13 +57,13 @@ def check_targets_exist(
         if prediction.dim() < 2:
             raise InputError(
                 f"the model's output has shape {tuple(prediction.shape)}; {output_name!r} needs (batch, outputs, ...). "
-                f"Leave it out and give init_rel instead, or choose the output: {_ONE_SCORE}"
+                f"Leave it out and give init_rel instead, or choose the output: {ONE_SCORE}"
             )
         (ids, places), size = _target_ids(target), prediction.shape[1]
         if ids.shape != (size,) if ids.dtype.kind == "b" else ((ids < -size) | (ids >= size)).any():
             raise OutOfRangeError(
                 f"row {row}: {output_name!r} is {target!r}, but the model has outputs 0 to {size - 1}"
-                + _axes_told(prediction)
+                + axes_told(prediction)
             )
         for place in places:
             _check_exists(place, tuple(prediction.shape[1:]), f"row {row}: {output_name!r}")
@@ -84,7 +84,7 @@ def warn_of_positions(targets: Sequence[Any] | None, prediction: Tensor, inputs:
         )
 
 
-def _axes_told(prediction: Tensor) -> str:
+def axes_told(prediction: Tensor) -> str:
     """What a message adds on an output with more axes than that of classes, which a class is then summed over."""
     if prediction.dim() != 3:
         return ""

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
-from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from crp.engine.attached import put_on
 from crp.errors import InputError, OutOfRangeError
-from crp.layers import hooked, looking, modules_of
+from crp.layers import OfThread, hooked, looking, modules_of
 from crp.layers.devices import device_of
 from crp.layers.interrupts import atomic
 from crp.layers.misfits import telling_misfits, unknown_ids
@@ -165,19 +164,17 @@ def scored_at(model: nn.Module, positions: Sequence[int]) -> Iterator[list[int]]
     list of int
         An entry for each time that it was done.
     """
-    done, thread, name = list[int](), get_ident(), output_layer(model)
+    done, name = list[int](), output_layer(model)
 
     def narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = args[0] if len(args) == 1 else None
         if not isinstance(hidden, Tensor) or hidden.dim() != 3 or len(hidden) != len(positions):
             return None
-        if get_ident() != thread:  # (others may call the same model)
-            return None
         done.append(len(hidden))
         return (hidden[list(range(len(hidden))), list(positions)][:, None],)
 
     # (before the hooks of rules, which then see one position)
-    handle = None if name is None else modules_of(model)[name].register_forward_pre_hook(narrow, prepend=True)
+    handle = None if name is None else modules_of(model)[name].register_forward_pre_hook(OfThread(narrow), prepend=True)
     try:
         yield done
     finally:

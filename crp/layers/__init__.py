@@ -6,6 +6,7 @@ import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from crp.layers.interrupts import atomic
 from crp.notices import kind_of
 from crp.wording import first_few
 
-_active: ContextVar[object] = ContextVar("crp_trace", default=None)
+running_trace: ContextVar[object] = ContextVar("crp_trace", default=None)
 _referencing: ContextVar[bool] = ContextVar("referencing", default=False)
 
 
@@ -259,14 +260,26 @@ class LayerNotFoundError(NameNotFoundError, ValueError):
         super().__init__(f"<{role}> {name!r} not found in {where}{hint}")
 
 
+class OfThread:
+    """Hook of a module that acts in the thread that has made it, and does nothing where another one calls the model."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook, self._thread = hook, get_ident()
+        self.__self__ = getattr(hook, "__self__", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the hook returns, in its thread."""
+        return self._hook(*args, **kwargs) if get_ident() == self._thread else None
+
+
 @atomic
 def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], **options: Any) -> Iterator[None]:
-    """Forward hooks on modules, inside of the context."""
+    """Forward hooks on modules, inside of the context, for calls of this thread."""
     handles: list[RemovableHandle] = []
     try:
         for module, hook in hooks.items():
             # (scripted modules say that they cannot be hooked, but torch runs hooks of them)
-            handles.append(nn.Module.register_forward_hook(module, hook, **options))
+            handles.append(nn.Module.register_forward_hook(module, OfThread(hook), **options))
         yield
     finally:
         for handle in handles:
@@ -275,19 +288,19 @@ def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], **options: Any) -> Ite
 
 def tracing() -> bool:
     """Whether a `trace` is running here; hooks that change values stay inert meanwhile."""
-    return _active.get() is not None
+    return running_trace.get() is not None
 
 
 @atomic
 def looking() -> Iterator[None]:
     """Context in which a model runs for the record only, as in a `trace`; its warnings are silenced."""
-    token = _active.set(looking)
+    token = running_trace.set(looking)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        _active.reset(token)
+        running_trace.reset(token)
 
 
 def referencing() -> bool:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from functools import cache, partial
-from threading import get_ident
 from types import FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,6 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from crp.errors import InputTypeError
+from crp.layers import OfThread
 from crp.layers.interrupts import atomic
 
 #: Names of output projections that attention has and does not call.
@@ -91,7 +91,7 @@ def _projection_of(kind: type) -> str | None:
 
 @atomic
 def hooked_at(modules: Mapping[str, nn.Module], hooks: Mapping[tuple[str, bool], PlaceHook]) -> Iterator[None]:
-    """Hooks on what layers return, or are called with, inside of the context.
+    """Hooks on what layers return, or are called with, inside of the context, for calls of this thread.
 
     Parameters
     ----------
@@ -104,22 +104,25 @@ def hooked_at(modules: Mapping[str, nn.Module], hooks: Mapping[tuple[str, bool],
     projections: dict[str, _Projection] = {}
     # (the methods of `nn.Module`, as scripted modules say that they cannot be hooked, but torch runs hooks of them)
     before, after = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
+
+    def put(register: Callable[..., RemovableHandle], layer: str, hook: Callable[..., Any], **options: Any) -> None:
+        handles.append(register(modules[layer], OfThread(hook), **options))
+
     try:
         for (layer, is_input), hook in hooks.items():
             if (around := attention_around(layer, modules)) is not None:
                 if around not in projections:
                     is_fused = isinstance(modules[around], nn.MultiheadAttention)
                     one = projections[around] = _Projection() if is_fused else _OfWindows(modules[layer])
-                    handles.append(before(modules[around], one.enter))
+                    put(before, around, one.enter)
                     # (modes of rules are left and entered by other hooks, around these)
-                    handles.append(after(modules[around], one.leave, always_call=True, prepend=True))
+                    put(after, around, one.leave, always_call=True, prepend=True)
                 projections[around].hooks[is_input] = partial(hook, modules[layer])
             elif is_input:
                 # (before the hooks of rules, which stand between this place and the layer)
-                name = f"{layer}.input"
-                handles.append(before(modules[layer], partial(_on_input, hook, name), with_kwargs=True, prepend=True))
+                put(before, layer, partial(_on_input, hook, f"{layer}.input"), with_kwargs=True, prepend=True)
             else:
-                handles.append(after(modules[layer], hook, with_kwargs=True))
+                put(after, layer, hook, with_kwargs=True)
         yield
     finally:
         for handle in handles:
@@ -155,17 +158,16 @@ class _Projection(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.hooks: dict[bool, Callable[..., Any]] = {}
-        self._thread, self._depth = get_ident(), 0
+        self._depth = 0
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """See the functions that the module calls; forward pre-hook."""
-        if get_ident() == self._thread:
-            self._depth += 1
-            self.__enter__()  # type: ignore[no-untyped-call]
+        self._depth += 1
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """See no more, also after an error; forward hook."""
-        if get_ident() == self._thread and self._depth:
+        if self._depth:
             self._depth -= 1
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 #: Attribute of modules whose weights, or data, accelerate moves at each call, with what moves them.
-_MOVING = "_hf_hook"
+MOVING = "_hf_hook"
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model runs: on the device of its first parameter that is loaded, or where accelerate loads them to."""
     if (parameter := next((p for p in model.parameters() if not p.is_meta), None)) is not None:
         return parameter.device
-    loading = (getattr(vars(module).get(_MOVING), "execution_device", None) for module in model.modules())
+    loading = (getattr(vars(module).get(MOVING), "execution_device", None) for module in model.modules())
     return torch.device(next((device for device in loading if device is not None), "cpu"))
 
 

@@ -12,10 +12,10 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import CodeType, FrameType, TracebackType
-from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, cast
+from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 
 from crp.errors import StateError
 
@@ -120,11 +120,11 @@ def raise_waiting() -> None:
         _Waiting.handlers[number](number, sys._getframe(1))
 
 
-class _Atomic(AbstractContextManager[T], Generic[T]):
-    """Context of a generator that yields once; see `atomic`."""
+class _Atomic(AbstractContextManager[T]):
+    """Context that no interrupt divides; see `atomic`."""
 
-    def __init__(self, steps: Generator[T, None, None]) -> None:
-        self._steps = steps
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
         self._is_main = False
         self._is_used = False
 
@@ -134,42 +134,26 @@ class _Atomic(AbstractContextManager[T], Generic[T]):
         self._is_used = True
         self._is_main = _is_main()
         if not self._is_main:
-            return next(self._steps)
+            return cast(T, self._inner.__enter__())
         _begin()
         try:
-            value = next(self._steps)
+            value = self._inner.__enter__()
             if _Waiting.signals and not _is_undivided(sys._getframe(1)):
-                self._steps.close()
+                self._inner.gen.close()
                 raise_waiting()
         except BaseException:
             _end()
             raise
-        return value
+        return cast(T, value)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
+    ) -> bool | None:
         try:
-            return self._leave(error)
+            return cast("bool | None", self._inner.__exit__(kind, error, traceback))
         finally:
             if self._is_main:
                 _end()
-
-    def _leave(self, error: BaseException | None) -> bool:
-        """Run the rest of the generator; True if it has handled the error."""
-        if error is None:
-            if next(self._steps, self) is not self:
-                raise RuntimeError("an atomic context yields once")
-            return False
-        try:
-            self._steps.throw(error)
-        except StopIteration as stop:
-            return stop is not error
-        except BaseException as raised:
-            if raised is error or (raised.__cause__ is error and isinstance(error, StopIteration)):
-                return False
-            raise
-        raise RuntimeError("an atomic context yields once")
 
 
 def atomic(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextManager[T]]:
@@ -178,10 +162,11 @@ def atomic(function: Callable[P, Iterator[T]]) -> Callable[P, AbstractContextMan
     An interrupt while the context is entered or left waits for the end of that, and is raised then; one that comes
     while it is entered leaves it again first. In the ``with`` block, interrupts act as ever.
     """
+    usual = contextmanager(function)
 
     @functools.wraps(function)
     def context(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
-        return _Atomic(cast(Generator[T, None, None], function(*args, **kwargs)))
+        return _Atomic(usual(*args, **kwargs))
 
     return context
 

@@ -36,7 +36,10 @@ def repeated() -> Iterator[_Repetition]:
 
 
 def watch() -> bool:
-    """Whether a hook must leave alone what runs now; the part will run once more, and for good, where it is told."""
+    """Whether a part runs now whose tensors are not those of the pass, so that a hook must leave them alone.
+
+    Once a hook has asked, the part runs once more, with tensors of the pass.
+    """
     repetition = _repetition.get()
     if repetition is None:
         return False

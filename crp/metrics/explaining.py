@@ -6,6 +6,7 @@ composite, an attributor's class or the name of a method, which `quantus_explain
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -91,8 +92,9 @@ def _check_method(method: Method) -> None:
         kind = type(method).__name__
         raise InputTypeError(f"{method!r} is made for one model; give the class {kind}, or quantus_explain({kind})")
     else:
-        try:
-            inspect.signature(method).bind(model=None, inputs=None, targets=None)
+        try:  # (a built-in function may not tell what it takes, by a ValueError)
+            with contextlib.suppress(ValueError):
+                inspect.signature(method).bind(model=None, inputs=None, targets=None)
         except TypeError as error:
             raise InputTypeError(
                 "explain_func must be a function (model, inputs, targets) -> array, a composite, the class of an "
@@ -118,7 +120,8 @@ def _relevance_of(
     itself.
     """
     given: tuple[Any, Any] = data, target
-    if is_tensor := data is explained and isinstance(target, Tensor):  # (the user's may write into what it gets)
+    is_tensor = data is explained and isinstance(target, Tensor)
+    if is_tensor:  # (what is the user's may write into what it gets)
         given = explained.clone(), given[1].clone()
     if isinstance(method, str | Composite | type):
         return _check_relevance(_explain(method, model, *given, output, {}), explained)

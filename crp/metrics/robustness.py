@@ -170,6 +170,7 @@ def local_lipschitz(
     relevance = _relevance_by(explain_func, model, every, classes, output, batch_size)
     relevance = relevance.view(len(moved) + 1, len(data), -1)
     change = (relevance[1:] - relevance[0]).norm(dim=2)
-    if ((way := (moved - data.detach()).flatten(2).norm(dim=2)) == 0).any():
+    way = (moved - data.detach()).flatten(2).norm(dim=2)
+    if (way == 0).any():
         raise InputError("noise is 0 for some neighbours: they must differ from the input")
     return torch.amax(change / way, 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crp.attributors.scores import ScoreName, check_exclusive, explaining, known_target, score_of, target_of
 from crp.attributors.selected import Selected
-from crp.attributors.target import Classes, Target, _Places
+from crp.attributors.target import AtPlaces, Classes, Target
 from crp.checks import check_choice, check_number
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Inputs, check_data
@@ -63,9 +63,9 @@ class Scorer:
         check_choice("score", score, ScoreName)
         batch_size = check_number("batch_size", batch_size, 1, whole=True)
         asked = target_of(target, len(inputs))
-        if asked is not None and not isinstance(asked, Classes | _Places):
+        if asked is not None and not isinstance(asked, Classes | AtPlaces):
             raise InputTypeError(f"target must be a class, one per sample, or None for those predicted, not {target!r}")
-        if isinstance(asked, _Places) and score != "output":
+        if isinstance(asked, AtPlaces) and score != "output":
             raise InputError(f"score={score!r} is of classes; that of places in the output is 'output'")
         check_function("output", output, "what the model returns")
         self.model, self.score, self.batch_size, self.output = model, score, batch_size, output
@@ -77,7 +77,7 @@ class Scorer:
                 self.target: Target = Classes(torch.cat([part.ids for part in known if isinstance(part, Classes)]))
             else:
                 scores = run(inputs.select([0]))
-                self.target = asked if isinstance(asked, _Places) else self._each(asked, scores)
+                self.target = asked if isinstance(asked, AtPlaces) else self._each(asked, scores)
 
     @property
     def classes(self) -> Tensor:

@@ -12,13 +12,13 @@ from torch import Tensor
 from crp.errors import InputError
 from crp.rules.attention import _by_chain_rule
 from crp.rules.base import Attachment, Rule
-from crp.rules.entrywise import _Entrywise
-from crp.rules.exponentials import _ENDING, _exponential, _OfExponentials
+from crp.rules.entrywise import _function_in
+from crp.rules.exponentials import _ENDING, _exponential
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
 from crp.rules.linearized import Linearized
 from crp.rules.redirect import Redirect, SecondOrder, _Borrowed, _RedirectLater
-from crp.rules.shared import _Proportional
+from crp.rules.shared import Proportional
 from crp.rules.terms import Term
 
 #: Largest absolute value of an input that counts as 0 for `Pass`.
@@ -52,17 +52,17 @@ class Pass(Rule):
 
     def _below_numbers(self, layer: Layer) -> Tensor | None:
         """What is below the numbers around an activation, if the call is the last of both."""
-        made = layer.parts
-        if isinstance(made, _Entrywise) and made.activation is not None:
-            if made.is_copied:
-                raise InputError(
-                    f"{layer} makes an activation of numbers before it, as of a hard sigmoid, so that all is one "
-                    "function: no relevance flows through what is named as a layer inside. Name one before, or behind"
-                )
-            return made.activation.now()
-        if isinstance(made, _OfExponentials) and layer.known.has("arithmetic") and not made.is_copied:
-            return made.source if made.is_unchanged() else None  # (the exponential may be too small to divide by)
-        return None
+        function = _function_in(layer.parts)
+        if function is None:
+            return None
+        if function.activation is None:  # (an exponential behind which a number stands may be too small to divide by)
+            return function.exponent() if layer.known.has("arithmetic") else None
+        if function.sources[function.activation].is_copied:
+            raise InputError(
+                f"{layer} makes an activation of numbers before it, as of a hard sigmoid, so that all is one "
+                "function: no relevance flows through what is named as a layer inside. Name one before, or behind"
+            )
+        return function.activation.now()
 
     def propagate(self, layer: Layer, a: Tensor, y: Tensor) -> Tensor:
         """Return the layer's output, whose gradient goes to the input as it is."""
@@ -114,7 +114,7 @@ class Pass(Rule):
         return kind in ("activation", "normalization") or (alone and super().treats(known, kind, alone))
 
 
-class _Softplus(Pass):
+class Softplus(Pass):
     """Logarithms of a sum of two exponentials: activations, where one of both is constant; else the chain rule."""
 
     shares = True
@@ -123,7 +123,7 @@ class _Softplus(Pass):
         """Return the logarithm, with this rule as its gradient."""
         if len(layer.inputs) == 1:
             return super().operate(layer)
-        return _Proportional().attach(cast(Attachment, self.attachment)).operate(layer)
+        return Proportional().attach(cast(Attachment, self.attachment)).operate(layer)
 
 
 class _Activation(Linearized):

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from crp.errors import InputError
+from crp.layers.nested import tensors_in
 from crp.rules.base import Rule
 from crp.rules.exponentials import _LOGARITHMS, _Arriving, _exponential, _OfExponentials, _softmax
 from crp.rules.functions import Function, _parameters_of, look_up
@@ -36,7 +37,6 @@ from crp.rules.notes import Born
 from crp.rules.operands import ADDED
 from crp.rules.redirect import Redirect
 from crp.rules.shared import Part, Parts, _OfMethod, _Shared
-from crp.trace.recorder import tensors_in
 
 #: What becomes of attention's probabilities: held constant, or given half of the relevance.
 Attention: TypeAlias = Literal["constant", "split"]
@@ -125,7 +125,7 @@ class _Attending(_Shared):
 
     def __init__(self, mode: Attention = "constant") -> None:
         super().__init__()
-        self.mode = _check_attention(mode)
+        self.mode = check_attention(mode)
 
 
 class DotProductAttention(_Attending):
@@ -167,7 +167,8 @@ class MatrixProduct(_Attending):
     The operands share the relevance equally. With ``"constant"``, those that a softmax has made are held constant, then
     those of squashing functions, and exponentials, whose sum may divide the product, while others are left, which take
     all. Weights that a ReLU or the like has made cannot be told from values, and share. What chooses among experts, or
-    is one over something, is always held constant. What is only added, such as a bias, has the ordinary chain rule.
+    is one over something, is always held constant, except for values that a softmax weights. What is only added, such
+    as a bias, has the ordinary chain rule.
 
     Parameters
     ----------
@@ -205,7 +206,7 @@ class MatrixProduct(_Attending):
         }
 
 
-class _ConstantWeights(_OfMethod, MatrixProduct):
+class ConstantWeights(_OfMethod, MatrixProduct):
     """The same for methods without a rule for attention: one operand must be such probabilities, which are constant."""
 
     words = "MatrixProduct(mode='constant')"
@@ -230,13 +231,15 @@ _HELD = (Born.DIVISOR, Born.ROUTED, Born.SOFTMAX, Born.SQUASHED, Born.EXPONENTIA
 def _held_constant(born: Sequence[int], mode: Attention) -> int:
     """What makes factors of a product constant (`Born`), from what is known of all factors: at least one is left."""
     held = 0
+    if all(one & (Born.SOFTMAX | Born.DIVISOR) for one in born):  # (what a softmax weights are values)
+        born = [one & ~Born.DIVISOR for one in born]
     for flags in _HELD if mode == "constant" else _HELD[:2]:
         others = [one & flags for one in born if not one & held]
         held |= flags if any(others) and not all(others) else 0
     return held
 
 
-def _check_attention(mode: Attention) -> Attention:
+def check_attention(mode: Attention) -> Attention:
     """Raise a ValueError if ``mode`` is none."""
     if mode not in ("constant", "split"):
         raise InputError(f'attention is held constant ("constant") or takes half ("split"); got {mode!r}')

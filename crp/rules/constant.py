@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from crp.layers.nested import changed
 from crp.rules.base import Rule
 from crp.rules.functions import Function
-from crp.rules.layer import Layer, changed
+from crp.rules.layer import Layer
 
 
 class Constant(Rule):

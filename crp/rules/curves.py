@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from crp.layers.devices import holds, is_recording
+from crp.layers.nested import changed, tensors_in
 from crp.rules.functions import look_up
-from crp.rules.layer import changed
 from crp.rules.notes import Born, Note
 from crp.rules.spellings import in_place
-from crp.trace.recorder import tensors_in
 
 #: Functions that put tensors side by side.
 _STACKING = frozenset(("cat", "stack"))
@@ -104,7 +103,8 @@ def _is_symmetric(values: Tensor) -> Tensor:
 def _begins_at_zero(values: Tensor) -> Tensor:
     """Whether a function is zero at zero, and not all around it, nor linear."""
     below, middle, above = _rises(values)
-    next_to_it = torch.maximum(below[0].nan_to_num().abs(), above[0].nan_to_num().abs())
+    # (where a logarithm ends, it is infinite, which tells nothing)
+    next_to_it = torch.stack([below[0], above[0]]).nan_to_num(0.0, 0.0, 0.0).abs().amax()
     is_line = (values - above[-1] / _AMOUNTS[-1] * _POINTS).abs() <= 1e-6 * values.abs()
     return (middle[0].abs() <= 1e-6 * next_to_it) & (next_to_it > 0) & ~is_line.all()
 
@@ -133,9 +133,9 @@ def _given(values: Tensor) -> int:
 
 
 def _bounded(values: Tensor) -> int:
-    """What is known of results of an activation that is the same for all large numbers, on both sides of zero."""
+    """What is known of results of an activation that is nearly the same for all large numbers of each sign."""
     values = values[~values.isnan()]
-    if len(values) < 2 or not holds(lambda: _is_flat(values[:2]) & _is_flat(values[-2:])):
+    if len(values) < 2 or not holds(lambda: _is_flat(values)):
         return 0
     if holds(lambda: (values >= 0).all()):
         return Born.ACTIVATION | Born.GATING | Born.SQUASHED
@@ -157,7 +157,9 @@ def _born_of(values: Tensor) -> int:
 
 
 def _is_flat(values: Tensor) -> Tensor:
-    return (values == values[:1]).all() & values.isfinite().all()
+    """Whether a function is the same at both ends, but for a rest as that of ``x / (1 + |x|)``."""
+    ends, beside = values[[0, -1]], values[[1, -2]]
+    return ((ends - beside).abs() <= 1e-4 * ends.abs().amax()).all() & ends.isfinite().all()
 
 
 #: What tells that a function is one activation.

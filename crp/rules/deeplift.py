@@ -334,10 +334,10 @@ def _maxima(layer: Layer, x: Tensor) -> Tensor:
 def _same_operands(layer: Layer, reference: Layer, start: int = 0) -> bool:
     """Whether operands from ``start`` on are those of the reference's call."""
     pairs = zip(layer.inputs[start:], reference.inputs[start:], strict=True)
-    return all(_same(value, value0) for value, value0 in pairs)
+    return all(same_values(value, value0) for value, value0 in pairs)
 
 
-def _same(value: Tensor, value0: Tensor) -> bool:
+def same_values(value: Tensor, value0: Tensor) -> bool:
     """Whether two tensors hold the same values."""
     value, value0 = _dense(value), _dense(value0)  # (sparse ones have no memory of that kind)
     return value.shape == value0.shape and (value.data_ptr() == value0.data_ptr() or torch.equal(value, value0))

@@ -2,29 +2,30 @@
 
 A number that is added before an activation is a bias, and keeps its share. But a function that is symmetric about zero,
 ``f(x) + f(-x) = 2 f(0)``, has none: neither a hard sigmoid such as ``relu6(x + 3) / 6``, nor soft shrinkage such as
-``relu(x - t) - relu(-x - t)``. Nor has one that is zero at zero, and nothing else next to it, such as ``log(1 + x)`` or
-``relu(x) - relu(x - 6)``; nor one that is linear on one side of zero and curved on the other, such as
-``where(x > 0, x + 1, exp(x))``; nor a softmax of it beside numbers, as of ``stack([x, 0])``, which is a sigmoid. To
-tell them apart, what is computed of a tensor is computed of some points, too.
+``relu(x - t) - relu(-x - t)``. (It has one where it changes its sign beside zero, as ``1 + 5 tanh(x)`` does.) Nor has
+one that is zero at zero, and nothing else next to it, such as ``log(1 + x)`` or ``relu(x) - relu(x - 6)``; nor one that
+is linear on one side of zero and curved on the other, such as ``where(x > 0, x + 1, exp(x))``; nor a softmax of it
+beside numbers, as of ``stack([x, 0])``, which is a sigmoid. To tell them apart, what is computed of a tensor is
+computed of some points, too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from crp.layers.nested import changed, tensors_in
 from crp.rules.curves import _ACTIVATIONS, _IDENTITY, _STACKING, _born_of, _Curve, _curve, _is_curved
-from crp.rules.layer import changed
+from crp.rules.functions import _arguments_of, look_up
 from crp.rules.notes import Born, Note, Notes
 from crp.rules.operation import Operation, _is_one_number
 from crp.rules.passing import _CUTTING, _SEVERAL, _SUMS, _bounds, _run_on
-from crp.trace.recorder import tensors_in
 
 _CONDITIONS = frozenset(("ge", "gt", "le", "lt"))
 #: Functions that choose; what they choose may be a tensor of one number in every entry.
@@ -37,7 +38,7 @@ _OF_NUMBERS = Born.SQUASHED | Born.EXPONENTIAL | Born.GATING
 _OF_EXPONENTIALS = frozenset(("div", "exp", "exp2", "pow", "rdiv", "reciprocal", "rpow"))
 #: Functions that such a function may begin with: in these, a variable of the model still holds what they read.
 _HELD = _CONDITIONS | {"abs", "heaviside", "neg", "sgn", "sign"}
-BEGINNING = _SUMS | _HELD | _STACKING | {"clamp", "hardsigmoid", "hardtanh", "softplus"}
+BEGINNING = _SUMS | _HELD | _STACKING | {"clamp", "hardsigmoid", "hardtanh", "pad", "softplus"}
 #: How many tensors are remembered that a function may be one of.
 _MOST = 6
 
@@ -84,10 +85,10 @@ class _Entrywise:
     activation: Note | None = None
     gives: int | None = None
 
-    @property
-    def is_copied(self) -> bool:
-        """Whether a layer's output is between it and what it is one activation of."""
-        return self.activation is not None and self.sources[self.activation].is_copied
+    def exponent(self) -> Tensor | None:
+        """The latest tensor that it is a function of, and that is no gate, nor what one is made of."""
+        below = (key for key, one in reversed(self.sources.items()) if not (key.flags & Born.GATING or one.is_copied))
+        return None if (key := next(below, None)) is None else key.now()
 
     def of_numbers(self) -> int | None:
         """What is known of it (`Born`), if it is bounded, or a power; 0 if neither; None if not known of what."""
@@ -114,12 +115,13 @@ class _Entrywise:
 
 def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
     """What is remembered of a call, if it is such a function, or one ``begins`` there; None of others."""
+    op = _put_together(op) if op.known.name == "pad" else op
     name, known, x = op.known.canonical, op.known, op.inputs[0]
     if x.is_complex() or (begins and not _may_begin(op)):
         return None
     tensors = op.inputs if known.reads_first else list(tensors_in((op.args, op.kwargs)))
     noted = {id(tensor): note for tensor in tensors if (note := notes.of(tensor)) is not None}
-    made = {number: note.parts for number, note in noted.items() if isinstance(note.parts, _Entrywise)}
+    made = {number: parts for number, note in noted.items() if (parts := _function_in(note.parts)) is not None}
     axis = made[id(x)].axis if id(x) in made else None
     if axis is not None and (name in _ALONG or (known.has("copies") and name != "clone")):
         return _along(op, made[id(x)], axis) if len(tensors) == 1 else None
@@ -163,8 +165,8 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
 def _sources(note: Note, is_own: bool = True, held: Tensor | None = None) -> dict[Note, _Source]:
     """What a tensor is a function of, entry by entry; at last itself, if ``is_own``."""
     below = dict[Note, _Source]()
-    if isinstance(note.parts, _Entrywise):
-        below = note.parts.sources
+    if (made := _function_in(note.parts)) is not None:
+        below = made.sources
     elif note.call is not None and next(tensors_in(note.call), None) is None:
         read = list[Note]()
         changed(note.call, read.append, Note)
@@ -184,6 +186,18 @@ def _common(call: Any, read: Mapping[Note, Mapping[Note, _Source]]) -> dict[Note
         is_copied = is_copy or any(source.is_copied for source in of_source.values())
         found[key] = first[key]._replace(curve=curve, is_copied=is_copied)
     return found
+
+
+def _put_together(op: Operation) -> Operation:
+    """Where one entry along an axis is padded with numbers, what puts these side by side with it."""
+    given = _arguments_of(op.known, op.function, op.args, op.kwargs)
+    x, ends, is_constant = given["input"], given["pad"], given.get("mode", "constant") == "constant"
+    padded = [(-1 - k, pair) for k, pair in enumerate(zip(ends[::2], ends[1::2], strict=True)) if any(pair)]
+    if len(padded) != 1 or not is_constant or x.shape[padded[0][0]] != 1 or min(ends) < 0:
+        return op
+    ((axis, (before, after)),), number = padded, torch.full_like(x, given.get("value") or 0)
+    tensors = [number] * before + [x] + [number] * after
+    return replace(op, function=torch.cat, args=(tensors, axis), kwargs={}, known=look_up(torch.cat))
 
 
 def _new_axis(op: Operation, tensors: Sequence[Tensor]) -> int | None:
@@ -231,7 +245,13 @@ def _along(op: Operation, made: _Entrywise, axis: int) -> _Entrywise | None:
 
 def _is_of_several(note: Note | None) -> bool:
     """Whether a tensor is remembered as functions side by side."""
-    return note is not None and isinstance(note.parts, _Entrywise) and note.parts.axis is not None
+    made = None if note is None else _function_in(note.parts)
+    return made is not None and made.axis is not None
+
+
+def _function_in(parts: Any) -> _Entrywise | None:
+    """Such a function in what is remembered of a tensor, perhaps beside exponentials."""
+    return parts if isinstance(parts, _Entrywise) else getattr(parts, "entrywise", None)
 
 
 def _known(op: Operation, notes: Notes, parts: object, passed: int) -> int:
@@ -239,7 +259,7 @@ def _known(op: Operation, notes: Notes, parts: object, passed: int) -> int:
     is_joined = len(op.inputs) > 1 and _is_written_out(op, map(notes.born, op.inputs))
     is_quotient = bool(op.flags & Born.GATING and passed & Born.SQUASHED and not op.flags & Born.SQUASHED)
     is_bounded = op.known.canonical in _OF_EXPONENTIALS and (is_quotient or bool(op.known.gives & Born.EXPONENTIAL))
-    made = parts if isinstance(parts, _Entrywise) else None
+    made = _function_in(parts)
     if made is None and (is_joined or is_bounded):
         made = _entrywise(op, notes, begins=False)
     if made is None:
@@ -248,6 +268,7 @@ def _known(op: Operation, notes: Notes, parts: object, passed: int) -> int:
         passed = passed & ~(_OF_NUMBERS if born else Born.SQUASHED) | born
     if made.is_softmax and made.axis is None:
         passed &= ~(Born.SOFTMAX | Born.LOGARITHM)
+        passed |= Born.SOFTMAX if any(key.flags & Born.SOFTMAX for key in made.sources) else 0
     return passed | (made.gives or 0) | (Born.ACTIVATION if is_joined and made.gives != 0 else 0)
 
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from crp.errors import InputError
-from crp.layers.devices import can_be_read
-from crp.rules.entrywise import _itself
+from crp.layers.devices import can_be_read, holds
+from crp.layers.nested import changed, tensors_in
+from crp.rules.entrywise import _Entrywise, _itself
 from crp.rules.functions import look_up
-from crp.rules.layer import Layer, changed
+from crp.rules.layer import Layer
 from crp.rules.notes import Notes
 from crp.rules.operands import _is_parameter
 from crp.rules.operation import Operation, _on_a_copy
-from crp.trace.recorder import tensors_in
 
 #: Functions that are exponential in an operand.
 _EXPONENTIAL = frozenset({"exp", "exp2", "pow", "rpow"})
@@ -60,10 +60,6 @@ class _OfExponentials:
         Whether they weight what depends on the model's input.
     share : float or None
         What exponentials get of the relevance of such products, by their rule; None where none has said so.
-    source : Tensor or None
-        The exponent, where numbers were added at most.
-    is_copied : bool
-        Whether it was copied since, as a layer's output is through which relevance shall flow.
     original : _OfExponentials or None
         What it is a copy of.
     is_chained : bool
@@ -72,6 +68,8 @@ class _OfExponentials:
         Whether another copy is made of its copy, from which flows what is not counted there.
     arrived : Tensor or None
         What has arrived at such a copy from softmaxes, in a backward pass.
+    entrywise : _Entrywise or None
+        The same as a function of a tensor, entry by entry.
     """
 
     function: Callable[..., Tensor]
@@ -84,12 +82,11 @@ class _OfExponentials:
     is_summed: bool = False
     is_weighting: bool = False
     share: float | None = None
-    source: Tensor | None = None
-    is_copied: bool = False
     original: _OfExponentials | None = None
     is_chained: bool = False
     is_passed: bool = False
     arrived: Tensor | None = None
+    entrywise: _Entrywise | None = None
     versions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -110,6 +107,15 @@ class _OfExponentials:
             else:
                 ordered[todo.pop()] = None
         return list(ordered)
+
+    def exponents(self) -> list[Tensor]:
+        """What its exponentials are of, and softmaxes."""
+        return [
+            tensor
+            for made in self.calls()
+            if not made.below
+            for tensor in (made.leaves if made.original is None else made.original.exponents())
+        ]
 
     def again(self, *leaves: Tensor) -> Tensor:
         """The same of other leaves, without rules."""
@@ -163,7 +169,7 @@ def _exponential(layer: Layer) -> _OfExponentials | None:
         return None
     base = {"exp": math.e, "exp2": 2}.get(layer.name) or next(v for v in operands if v is not x)
     is_base = base.numel() == 1 if isinstance(base, Tensor) else isinstance(base, int | float) and base > 0
-    return _OfExponentials(layer.function, layer.args, layer.kwargs, {}, [x], source=x) if is_base else None
+    return _OfExponentials(layer.function, layer.args, layer.kwargs, {}, [x]) if is_base else None
 
 
 def _softmax(output: Tensor) -> _OfExponentials:
@@ -179,7 +185,7 @@ def _copy(made: _OfExponentials, output: Tensor) -> _OfExponentials:
             one.original.is_passed = True
     if output.requires_grad:
         output.register_hook(partial(_check_flow, made))  # type: ignore[no-untyped-call]
-    return replace(made, function=_itself, **alone, original=made, is_copied=True)
+    return replace(made, function=_itself, **alone, original=made)
 
 
 class _Arriving(torch.autograd.Function):
@@ -240,7 +246,6 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
         is_whole = all(tensor.numel() == exponent.numel() for tensor in op.inputs for exponent in exponents)
         is_summed = not exponents or not is_whole or notes.common(exponents) is None
     shares = {None} if leaves else {made.share for made in read if made.is_weighting}
-    is_alone = len(read) == 1 and not leaves and op.known.has("elementwise") and not _inverts(op)
     return _OfExponentials(
         function, args, op.kwargs, below, leaves,
         is_inverse=is_inverse.pop() != _inverts(op),
@@ -248,8 +253,6 @@ def _combined(op: Operation, notes: Notes) -> _OfExponentials | None:
         is_summed=is_summed,
         is_weighting=bool(leaves) or any(made.is_weighting for made in read),
         share=shares.pop() if len(shares) == 1 else None,
-        source=read[0].source if is_alone else None,
-        is_copied=name == "clone" or any(made.is_copied for made in read),
     )  # fmt: skip
 
 
@@ -273,9 +276,19 @@ def _divisor(op: Operation, below: Mapping[int, _OfExponentials]) -> _OfExponent
         return read[0] if named.get("p") == 1 else None
     if len(read) != 2 or name not in ("div", "mul") or (name == "mul" and read[0].is_inverse == read[1].is_inverse):
         return None
-    divisor = read[1] if name == "div" or read[1].is_inverse else read[0]
+    dividend, divisor = read if name == "div" or read[1].is_inverse else read[::-1]
     is_norm = divisor.is_weighting and any(made.is_quotient for made in divisor.calls())  # (of what was attended to)
-    return divisor if divisor.is_summed and not is_norm else None
+    return divisor if divisor.is_summed and not is_norm and _is_of_the_same(dividend, divisor) else None
+
+
+def _is_of_the_same(dividend: _OfExponentials, divisor: _OfExponentials) -> bool:
+    """Whether two are made of the same exponents, which may have been computed twice, or the same softmax."""
+
+    def is_one(a: Tensor, b: Tensor) -> bool:
+        return a is b or (a.shape == b.shape and holds(lambda: (a == b).all()))
+
+    others = divisor.exponents()
+    return any(is_one(a, b) for a in dividend.exponents() for b in others)
 
 
 def _only_weighs(op: Operation, read: Sequence[_OfExponentials]) -> bool:
@@ -285,4 +298,4 @@ def _only_weighs(op: Operation, read: Sequence[_OfExponentials]) -> bool:
 
 
 def _exponents(read: Sequence[_OfExponentials]) -> list[Tensor]:
-    return [one.source for made in read for one in made.calls() if one.source is not None and not one.below]
+    return [leaf for made in read for one in made.calls() if not (one.below or one.is_quotient) for leaf in one.leaves]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crp.errors import InputError
 from crp.rules.activations import _Activation
-from crp.rules.attention import Attention, _by_chain_rule, _check_attention, _weigh
+from crp.rules.attention import Attention, _by_chain_rule, _weigh, check_attention
 from crp.rules.exponentials import _OfExponentials
 from crp.rules.functions import Function
 from crp.rules.layer import Layer
@@ -44,6 +44,10 @@ class Gate(_Shared):
     deviation in a norm is, and the weights of experts that a router chooses. A factor that a softmax has made is
     treated as ``attention`` says. Where relevance would be split between two factors that are made of one tensor entry
     by entry, as in ``h * relu6(h + 3) / 6``, the product is an activation, and hands its relevance on to that tensor.
+    Such factors are multiplied first, in whatever order a model does so: ``a * b * sigmoid(a)`` is ``silu(a) * b``.
+
+    How relevance is split hangs on how a model is written otherwise: in ``(a * b) * c``, ``c`` takes half; `torch.lerp`
+    is ``a + w * (b - a)``; and a softmax of two tensors is one, and not the sigmoid of their difference.
 
     Parameters
     ----------
@@ -63,7 +67,7 @@ class Gate(_Shared):
         super().__init__()
         self.mode = _checked(mode)
         held: Attention = "constant" if mode == "signal" else "split"
-        self.attention = held if attention is None else _check_attention(attention)
+        self.attention = held if attention is None else check_attention(attention)
 
     def operate(self, layer: Layer) -> Any:
         """Return the product; one factor alone is right by the ordinary chain rule."""
@@ -191,10 +195,11 @@ class GLU(Linearized):
     def parts(self, layer: Layer, *inputs: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """First half, scaled by the gate; for ``"split"`` also the second half, from which the gate is made."""
         signal, below = inputs[0].chunk(2, layer.arguments.get("dim", -1))
-        gate = below.sigmoid()
-        if self.mode == "signal":
-            return [(signal, gate)]
-        return [(signal, gate / 2), (below, torch.where(below == 0, 0.0, signal * gate / 2 / below))]
+        gate, note = below.sigmoid(), self._note_of(layer.inputs[0])
+        of_gate = torch.where(below == 0, 0.0, signal * gate / below)
+        if note is not None and note.flags & Born.DIVISOR:  # (as in a product: what divides is held constant)
+            return [(below, of_gate)]
+        return [(signal, gate)] if self.mode == "signal" else [(signal, gate / 2), (below, of_gate / 2)]
 
 
 class Quotient(Linearized):

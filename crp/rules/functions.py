@@ -71,10 +71,9 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("embedding", "", "embedding"),
     # --- products, quotients, attention ---
     ("product", "arithmetic bilinear elementwise sign scales", "mul"),
-    ("product", "bilinear", "outer"),
+    ("product", "homogeneous bilinear", "kron outer"),
     ("product", "constant", "addr"),
     ("dense", "", "chain_matmul linalg_multi_dot"),
-    ("product", "", "ger kron"),
     ("", "arithmetic quotient elementwise scales", "div"),
     ("", "", "linalg_solve linalg_solve_triangular"),
     ("", "composed", "multi_head_attention_forward"),
@@ -94,12 +93,12 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         "activation",
         "identity rescaled elementwise",
         """acos acosh asin asinh atanh celu clamp clamp_max clamp_min gelu hardshrink
-        hardswish hardtanh log10 log1p log2 logsigmoid mish nan_to_num selu silu sin sinh softshrink tan tanhshrink
-        threshold""",
+        hardswish hardtanh log10 log1p log2 logit logsigmoid mish nan_to_num selu silu sin sinh softshrink tan
+        tanhshrink threshold""",
     ),
     ("activation", "balanced identity rescaled elementwise gating", "atan erf softsign tanh"),
     ("activation", "identity rescaled elementwise gating", "cos cosh elu expm1 rpow"),
-    ("activation", "rescaled elementwise", "frac logaddexp logaddexp2 logit sinc"),
+    ("activation", "rescaled elementwise", "frac logaddexp logaddexp2 sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),
     ("", "homogeneous rescaled elementwise nonnegative", "abs"),
@@ -176,7 +175,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 _ALIASES = dict(
     pair.split(":")
     for pair in """absolute:abs arccos:acos arccosh:acosh arcsin:asin arcsinh:asinh arctan:atan arctanh:atanh clip:clamp
-    concat:cat concatenate:cat divide:div fix:trunc float_power:pow iadd:add idiv:div imatmul:matmul imul:mul
+    concat:cat concatenate:cat divide:div fix:trunc float_power:pow ger:outer iadd:add idiv:div imatmul:matmul imul:mul
     isub:sub itruediv:div linalg_matmul:matmul log_sigmoid:logsigmoid multiply:mul negative:neg radd:add rmul:mul
     rtruediv:rdiv special_erf:erf special_erfc:erfc special_exp2:exp2 special_expit:expit special_expm1:expm1
     special_log1p:log1p special_log_softmax:log_softmax special_logit:logit special_round:round special_sinc:sinc
@@ -214,6 +213,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     ),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     "glu": ("input", "dim"),
+    "pad": ("input", "pad", "mode", "value"),
     "hardtanh": ("input", "min_val", "max_val", "inplace"),
     "clamp": ("input", "min", "max"),
     "clamp_min": ("input", "min"),

@@ -16,8 +16,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from crp.errors import InputError, InputTypeError
 from crp.layers.lasting import Shared
+from crp.layers.nested import tensors_in
 from crp.rules.functions import Function, _enter
-from crp.trace.recorder import tensors_in
 
 _registered: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -93,7 +93,7 @@ def register_attention(
 
 
 @Shared
-def _in_registries() -> Iterator[None]:
+def in_registries() -> Iterator[None]:
     """Registered kernels stand in Hugging Face's registry as what `register_attention` returned."""
     registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
     replaced: list[tuple[dict[str, Any], str, Any]] = []

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from crp.errors import InputTypeError
 from crp.layers.devices import holds
 from crp.layers.marks import TensorMark
+from crp.layers.nested import changed
 from crp.layers.packed import unpacked
 from crp.rules.functions import Function, _arguments_of
 from crp.rules.notes import Copied
@@ -321,10 +322,10 @@ class Layer:
         place = self.place or (self.locate() if self.locate is not None else "")
         if self.module is not None:
             return f"{self.name} {place!r}"
-        return _in_words(self.name, place)
+        return in_words(self.name, place)
 
 
-def _in_words(function: str, place: str) -> str:
+def in_words(function: str, place: str) -> str:
     """A call of a function in a module, if that is known, for messages."""
     return f"{function}() in {place!r}" if place else f"{function}()"
 
@@ -357,16 +358,3 @@ def modified(weight: Tensor, modifier: Modifier) -> Tensor:
 
 
 # --- tensors in what functions are called with ----------------------------------------------------------------------
-
-
-def changed(value: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
-    """Tuples, lists and dicts, nested in any way, with every tensor changed, or all of another kind."""
-    if isinstance(value, kind):
-        return change(value)
-    if hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*(changed(item, change, kind) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(changed(item, change, kind) for item in value)
-    if isinstance(value, dict):
-        return {key: changed(item, change, kind) for key, item in value.items()}
-    return value

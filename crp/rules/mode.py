@@ -18,30 +18,20 @@ from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
 from crp.layers.addresses import rebound
+from crp.layers.nested import changed, tensors_in
 from crp.rules.contractions import _SUMMING, _Products
-from crp.rules.entrywise import (
-    _OF_EXPONENTIALS,
-    BEGINNING,
-    _Entrywise,
-    _entrywise,
-    _is_of_several,
-    _itself,
-    _known,
-    _of_mask,
-)
+from crp.rules.entrywise import _OF_EXPONENTIALS, BEGINNING, _entrywise, _function_in, _is_of_several, _known, _of_mask
 from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
-from crp.rules.layer import Layer, _in_words, changed
+from crp.rules.layer import Layer, in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _in_parts, _steps
 from crp.rules.operation import RESULTS, Operation, _fills
 from crp.rules.packed import _has_derivative
 from crp.rules.passing import _RANKING, _SEVERAL, _copied, _passed
-from crp.rules.recurrent import RECURRENT
 from crp.rules.redirect import overwritten
 from crp.rules.spellings import in_place
-from crp.rules.written_out import _cosine
-from crp.trace.recorder import tensors_in
+from crp.rules.written_out import STEPS
 
 # In torch 2.4 no function tells whether hooks on saved tensors are set: there they count as set.
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
@@ -83,7 +73,8 @@ class SeeingMode(TorchFunctionMode):
         super().__init__()
         self.notes, self.products = notes, _Products(lambda tensor: bool(notes.born(tensor) & Born.DIVISOR))
         self._reading: Function | None = None
-        self._aside = 0  # how often it was told to let functions pass as they are
+        #: Not 0 while functions pass as they are: 1 where the mode was left for that, 2 where it could not be.
+        self._aside = 0
 
     def choose(
         self, known: Function, kind: str, first: bool = False, several: bool = False, operands: Operands | None = None
@@ -139,7 +130,7 @@ class SeeingMode(TorchFunctionMode):
             return result
         if known.canonical in _DERIVATIVES:
             self._refuse_derivative(known)
-        apart = _WRITTEN_OUT.get(known.canonical)
+        apart = STEPS.get(known.canonical)
         if apart is not None and not (args[1:] and isinstance(args[1], int | float)) and not self.is_named(known):
             with self:
                 return apart(Tensor.add_ if in_place(func, kwargs) else torch.add, *args, **kwargs)
@@ -162,7 +153,7 @@ class SeeingMode(TorchFunctionMode):
             return (*map(self._see, results), *constant)
         if _saved_tensors_hooks(False) is not None:
             # A checkpoint would run the operation again in the backward pass, where no rule acts.
-            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _itself):
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
                 return self._see(op)
         return self._see(op)
 
@@ -172,15 +163,15 @@ class SeeingMode(TorchFunctionMode):
             with self:  # (the function asks whether a mode is to be told of itself)
                 return rebound(op.function, has_torch_function=lambda values: False)(*op.args, **op.kwargs)
         op.take_apart()
+        if op.known.canonical in _PRODUCTS and (of_factors := self.products.regrouped(op, self.notes.common)):
+            with self:
+                result = of_factors()
+            return self._written(op.args[0], result) if op.is_in_place else result
         if op.is_in_place and op.known.canonical in ("add", "sub") and isinstance(op.args[-1], int | float):
             # (what is overwritten may be what a hard sigmoid is made of)
             op, target = op.out_of_place()
             self.notes.add_copy(op.args[0], target)
-            result = self._see(op)
-            written = overwritten(target, result)
-            self.notes.add_written(target, self.notes.flags(result))
-            self.notes.add_copy(written, result)
-            return written
+            return self._written(target, self._see(op))
         if op.known.canonical in _SEVERAL and self.notes.has_parts and _is_of_several(self.notes.of(op.inputs[0])):
             return tuple(map(self._see, op.results()))
         is_first, is_affine = bool(op.flags & FIRST), op.operands is not None
@@ -195,11 +186,12 @@ class SeeingMode(TorchFunctionMode):
         # (operands may be overwritten, and then nothing is known)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
         parts = self._parts(op, below) if self.notes.has_parts or op.known.canonical in BEGINNING else None
-        if isinstance(parts, _Entrywise):
-            choice = choice if parts.activation is None else self._of_activation(choice, op)
+        function = None if parts is None else _function_in(parts)
+        if function is not None and function.activation is not None:
+            choice = self._of_activation(choice, op)
         is_made = below is not None and (len(op.inputs) > 1 or op.known.canonical in _OF_EXPONENTIALS)
         passed = _passed(op, self.notes)
-        if is_made or isinstance(parts, _Entrywise):
+        if is_made or function is not None:
             passed = _known(op, self.notes, parts, passed)
         if choice.rule is None:
             result = self.by_chain_rule(choice, op)
@@ -211,7 +203,7 @@ class SeeingMode(TorchFunctionMode):
             result, layer = self._by_rule(choice, op, parts)
             passed, parts = passed | layer.gives, layer.parts
         is_quotient = isinstance(parts, _OfExponentials) and parts.is_quotient
-        is_softmax = is_quotient or (op.known.canonical == "softmax" and not isinstance(parts, _Entrywise))
+        is_softmax = is_quotient or (op.known.canonical == "softmax" and function is None)
         if is_softmax and isinstance(result, Tensor):
             parts = _softmax(result)
         elif op.known.canonical == "clone" and isinstance(parts, _OfExponentials):
@@ -219,6 +211,13 @@ class SeeingMode(TorchFunctionMode):
             parts = parts if is_counted else _copy(parts, result)
         self._note(op, result, passed, copied, parts, below)
         return result
+
+    def _written(self, target: Tensor, result: Tensor) -> Tensor:
+        """A tensor that the model overwrites with a result."""
+        written = overwritten(target, result)
+        self.notes.add_written(target, self.notes.flags(result))
+        self.notes.add_copy(written, result)
+        return written
 
     def _parts(self, op: Operation, below: Note | None) -> Any:
         """What is remembered of a call, by what is of its operands."""
@@ -228,12 +227,12 @@ class SeeingMode(TorchFunctionMode):
         is_masked = not notes and "elementwise" in op.known.properties and any(map(self._is_mask_of_data, op.args))
         if not (notes or begins or is_masked):
             return None
-        kinds = {type(note.parts) for note in notes} | ({_Entrywise} if is_masked else set())
-        parts: Any = _combined(op, self.notes) if _OfExponentials in kinds else None
-        begins = begins and _Entrywise not in kinds
-        if parts is None and (begins or _Entrywise in kinds):
-            return _entrywise(op, self.notes, begins)
-        return notes[0].parts if notes and op.known.canonical == "clone" and parts is None else parts
+        is_made = is_masked or any(_function_in(note.parts) is not None for note in notes)
+        function = _entrywise(op, self.notes, not is_made) if begins or is_made else None
+        if (exponentials := _combined(op, self.notes)) is not None:
+            exponentials.entrywise = None if exponentials.is_quotient else function
+            return exponentials
+        return notes[0].parts if notes and op.known.canonical == "clone" and not is_made else function
 
     def _is_mask_of_data(self, value: object) -> bool:
         """Whether an argument is a constant that was made of what depends on the model's input, such as ``x > 0``."""
@@ -316,15 +315,17 @@ class SeeingMode(TorchFunctionMode):
             self.notes.add(result, flags, copied, below, call)
         if parts is not None:
             several = isinstance(parts, _OfExponentials) and isinstance(result, tuple | list)
-            is_largest = isinstance(parts, _Entrywise) and isinstance(result, tuple)  # (its index comes second)
+            is_largest = not several and isinstance(result, tuple)  # (its index comes second)
             one = result[0] if is_largest else written if result is None else result
             for number, item in enumerate(result if several else [one]):
                 self.notes.remember(item, parts.one(number) if several else parts)
         is_constant = isinstance(result, Tensor) and not result.requires_grad
         if op.known.canonical in _RANKING or (is_constant and any(map(self.notes.is_chosen, op.inputs))):
             self.notes.add_choice(result)
-        if op.known.canonical == "mul" and not op.overwrites:
-            self.products.add(result, (*op.args, *op.kwargs.values()))
+        if op.known.canonical in _PRODUCTS and not op.overwrites:
+            self.products.add(result, op.factors(), op.known.canonical == "div")
+        elif op.known.canonical == "clone" and "memory_format" in op.kwargs:
+            self.products.add_copy(result, op.inputs[0])
 
     def by_rule(self, choice: Choice, layer: Layer) -> Any:
         """Output of an operation, with the rule as its gradient."""
@@ -354,7 +355,7 @@ class SeeingMode(TorchFunctionMode):
 
     def _refuse_derivative(self, known: Function) -> NoReturn:
         raise UnseenError(
-            f"the model differentiates inside its forward pass ({_in_words(known.name, self.innermost())}): under "
+            f"the model differentiates inside its forward pass ({in_words(known.name, self.innermost())}): under "
             "rules its derivative, and so its prediction, would be another one. Explain a model without that step"
         )
 
@@ -363,7 +364,7 @@ class SeeingMode(TorchFunctionMode):
         for tensor in tensors_in(result):
             if tensor.requires_grad and not _has_derivative(tensor, op.inputs):
                 raise NotImplementedError(
-                    f"{_in_words(op.known.name, self.innermost())} is registered with torch without a derivative, so "
+                    f"{in_words(op.known.name, self.innermost())} is registered with torch without a derivative, so "
                     "that nothing is sent back through it; register one, as by torch.library.register_autograd"
                 )
 
@@ -378,14 +379,7 @@ class SeeingMode(TorchFunctionMode):
 
 _SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 _DERIVATIVES = frozenset({"grad", "backward"})
-#: Functions that are several others; these are given how they add up.
-_WRITTEN_OUT: dict[str, Callable[..., Any]] = {
-    "addcmul": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 * tensor2, alpha=value, **out),
-    "addcdiv": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 / tensor2, alpha=value, **out),
-    "lerp": lambda add, input, end, weight, **out: add(input, weight * (end - input), **out),
-    "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
-    **{name: lambda add, *args, steps=steps, **keywords: steps(*args, **keywords) for name, steps in RECURRENT.items()},
-}
+_PRODUCTS = frozenset({"div", "mul"})
 
 
 def innermost_module(names: Mapping[int, str]) -> str:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from crp.errors import InputTypeError
 from crp.layers import referencing, tracing
+from crp.layers.nested import tensors_in
 from crp.rules.functions import Function
 from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import Notes
 from crp.rules.operands import Operands
-from crp.trace.recorder import tensors_in
 
 
 class OneModule(SeeingMode):

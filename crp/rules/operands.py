@@ -231,6 +231,8 @@ def _entry_by_entry(factors: Sequence[Tensor], axes: Sequence[str], result: str)
 
 def _aligned(tensor: Tensor, own: str, axes: str) -> Tensor:
     """A tensor with all these axes, in their order; it has its ``own`` ones of them."""
+    if own == axes:
+        return tensor
     ordered = tensor.permute([own.index(axis) for axis in axes if axis in own])
     return ordered[tuple(slice(None) if axis in own else None for axis in axes)]
 

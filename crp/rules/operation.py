@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crp.layers.devices import holds
+from crp.layers.nested import changed, tensors_in
 from crp.rules.functions import Function, _arguments_of, look_up
-from crp.rules.layer import changed
 from crp.rules.notes import BORN, FIRST, Born
 from crp.rules.operands import NOTHING_SUMMED, Operands, _is_parameter
 from crp.rules.spellings import in_place
-from crp.trace.recorder import tensors_in
 
 _add, _sum, _largest, _select = look_up(torch.add), look_up(torch.sum), look_up(torch.amax), look_up(torch.select)
 _scaling = replace(
@@ -148,6 +147,11 @@ class Operation:
     def _given(self, name: str) -> Any:
         """An argument by name."""
         return _arguments_of(self.known, self.function, self.args, self.kwargs).get(name)
+
+    def factors(self) -> list[Any]:
+        """Operands of a product or a quotient in order, and what else it is given."""
+        given = _arguments_of(self.known, self.function, self.args, self.kwargs)
+        return [given.pop("input"), given.pop("other"), *given.values()]
 
     def _words(self) -> list[str]:
         """Arguments that are words."""

@@ -141,7 +141,7 @@ def _parse(
 _enter(_packed_linear, replace(look_up(F.linear), parse=_parse))
 
 
-def _packed_seen(modules: Iterable[nn.Module]) -> list[AbstractContextManager[None]]:
+def packed_seen(modules: Iterable[nn.Module]) -> list[AbstractContextManager[None]]:
     """Contexts in which layers whose weights are packed run as functions that a mode sees; none without such layers."""
     packed = [
         module

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from crp.layers.devices import holds
+from crp.layers.nested import changed, tensors_in
 from crp.rules.functions import _arguments_of
-from crp.rules.layer import changed
 from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation, _scaling
-from crp.trace.recorder import tensors_in
 
 #: Functions by which a router chooses experts.
 _CHOOSING = frozenset(("gather", "kthvalue", "take_along_dim", "topk"))

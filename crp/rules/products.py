@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crp.errors import StateError
-from crp.rules.deeplift import Difference, Differences, _same, _same_operands, slope
+from crp.layers.nested import tensors_in
+from crp.rules.deeplift import Difference, Differences, _same_operands, same_values, slope
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.operands import ADDED
-from crp.trace.recorder import tensors_in
 
 
 class _Decomposed(Difference):
@@ -43,7 +43,7 @@ class _Decomposed(Difference):
         pairs = zip(tensors_in((layer.args, layer.kwargs)), tensors_in((reference.args, reference.kwargs)), strict=True)
         mine = {id(value) for value in layer.inputs}
         numbers, numbers0 = ([value for value in one.args if isinstance(value, float)] for one in (layer, reference))
-        is_same = all(id(value) in mine or _same(value, value0) for value, value0 in pairs)
+        is_same = all(id(value) in mine or same_values(value, value0) for value, value0 in pairs)
         if not (is_same and numbers == numbers0) and isinstance(self.attachment, Differences):
             self.attachment.differing[str(layer)] = None
         return cast(Tensor, layer.output)
@@ -69,7 +69,7 @@ class ProductDifference(_Decomposed):
         if len(factors) > 2:
             self.beyond(layer, exact=False)
             return cast(Tensor, layer.output)
-        if not any(_same(layer.inputs[number], reference.inputs[number]) for number in factors):
+        if not any(same_values(layer.inputs[number], reference.inputs[number]) for number in factors):
             self.beyond(layer, exact=True)
         call, means = layer.again(), _means(layer, reference)
         # (what is only added flows into the first of both)
@@ -177,20 +177,6 @@ class SoftmaxDifference(_Decomposed):
             log, log0 = now.log_softmax(dim), x0.log_softmax(dim)
             t = t * slope(torch.exp, log, log0, log.exp(), log0.exp())
         return self.through(layer, t)
-
-
-class GLUDifference(_Decomposed):
-    r"""Gated linear unit, :math:`a \, \sigma(b)` of the two halves of its input: a product."""
-
-    def compare(self, layer: Layer, reference: Layer) -> Tensor:
-        """Return the gated values."""
-        self.beyond(layer, exact=True)
-        dim = layer.arguments.get("dim", -1)
-        (a, b), (a0, b0) = layer.inputs[0].chunk(2, dim), reference.inputs[0].chunk(2, dim)
-        with torch.no_grad():
-            gate, gate0 = b.sigmoid(), b0.sigmoid()
-            opened = slope(torch.sigmoid, b.detach(), b0, gate, gate0) * (a + a0) / 2
-        return self.through(layer, a * (gate + gate0) / 2 + opened * b)
 
 
 def _written_attention(

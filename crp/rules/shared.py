@@ -7,10 +7,11 @@ from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor
 
+from crp.layers.nested import changed
 from crp.rules.account import _Balance
 from crp.rules.base import Rule
 from crp.rules.functions import Function
-from crp.rules.layer import Layer, _no_rule, changed
+from crp.rules.layer import Layer, _no_rule
 from crp.rules.model_input import _PartOf
 from crp.rules.notes import Born
 from crp.rules.redirect import _acting
@@ -59,7 +60,7 @@ class _Shared(Rule):
         return changed(result, lambda tensor: _Balance.apply(tensor, sink, 1) if tensor.requires_grad else tensor)
 
 
-class _Proportional(_Shared):
+class Proportional(_Shared):
     """The ordinary chain rule, for functions with constant operands, which keep their share of the relevance."""
 
     words = "ordinary chain rule"
@@ -77,7 +78,7 @@ class _Proportional(_Shared):
         return True
 
 
-class _Softmax(_Proportional):
+class EndingSoftmax(Proportional):
     """The same for a softmax or its logarithm, of which a composite wants to know whether a model ends in it."""
 
     def operate(self, layer: Layer) -> Any:
@@ -154,7 +155,7 @@ class _OfFactors(_Shared):
         return [part] * len(layer.args), dict.fromkeys(layer.kwargs, part)
 
 
-class _Refused(_OfMethod, _Proportional):
+class Refused(_OfMethod, Proportional):
     """Refuses operations for which a method has no rule, so that no other method's result goes by its name."""
 
     def operate(self, layer: Layer) -> Any:
@@ -169,3 +170,13 @@ class _Refused(_OfMethod, _Proportional):
             return super().operate(layer)
         # (Python takes a TypeError inside an operator such as @ for "operands of another type")
         raise NotImplementedError(_no_rule(self.method, layer))
+
+
+#: Rules of functions that have one of their own under every preset of LRP.
+BY_FUNCTION: dict[tuple[str, ...], type[_Shared]] = {
+    ("cdist", "pairwise_distance", "std"): Proportional,
+    ("var",): _OfSquares,
+    ("grid_sample",): _ByGrid,
+    ("linalg_solve", "linalg_solve_triangular"): _Solved,
+    ("prod",): _OfFactors,
+}

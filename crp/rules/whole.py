@@ -11,11 +11,11 @@ from zennit.core import RemovableHandle, RemovableHandleList
 
 from crp.errors import InputTypeError
 from crp.layers import referencing, tracing
+from crp.layers.nested import changed, tensors_in
 from crp.notices import kind_of
 from crp.rules.base import Attachment, Rule
 from crp.rules.functions import Function, activation
-from crp.rules.layer import Layer, changed
-from crp.trace.recorder import tensors_in
+from crp.rules.layer import Layer
 
 
 class Whole(Rule):

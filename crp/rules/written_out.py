@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crp.rules.recurrent import RECURRENT
+
 #: Axes of a function that reduces; None for all.
 Axes: TypeAlias = int | Sequence[int] | None
 
@@ -60,6 +62,11 @@ def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: object = No
     return _vector_norm(x1[..., :, None, :] - x2[..., None, :, :], p, -1)
 
 
+def _gated(input: Tensor, dim: int = -1) -> Tensor:
+    signal, gate = input.chunk(2, dim)
+    return signal * gate.sigmoid()
+
+
 def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
     """Cosine similarity: a sum of products of directions."""
     shape, dim = torch.broadcast_shapes(left.shape, right.shape), keywords["dim"]  # type: ignore[no-untyped-call]
@@ -82,4 +89,13 @@ WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "normalize": _normalized,
     "pairwise_distance": _distance,
     "cdist": _distances,
+    "glu": _gated,
+}
+#: Functions that are so in any method; these are given how they add up.
+STEPS: dict[str, Callable[..., Any]] = {
+    "addcmul": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 * tensor2, alpha=value, **out),
+    "addcdiv": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 / tensor2, alpha=value, **out),
+    "lerp": lambda add, input, end, weight, **out: add(input, weight * (end - input), **out),
+    "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
+    **{name: lambda add, *args, steps=steps, **keywords: steps(*args, **keywords) for name, steps in RECURRENT.items()},
 }

@@ -9,8 +9,6 @@ does not show to Python (the C++ part of a custom `autograd.Function`, a round t
 output of the module around them then counts as made from all of that module's inputs.
 """
 
-from crp.layers import looking, tracing
-from crp.layers.state import undisturbed
 from crp.trace.cache import Passive, Structure, known, recorded, structure
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 from crp.trace.recorder import trace
@@ -26,10 +24,7 @@ __all__ = [
     "TensorKind",
     "Trace",
     "known",
-    "looking",
     "recorded",
     "structure",
     "trace",
-    "tracing",
-    "undisturbed",
 ]

@@ -21,23 +21,18 @@ from crp.flags import check_flags
 from crp.layers import evaluating, find_layers, modules_of, unwrap
 from crp.layers.addresses import Address
 from crp.layers.misfits import telling_misfits
-from crp.trace import FunctionCall, ModuleCall, Node, Reader, Trace, trace, tracing
-from crp.trace.recorder import tensors_in
+from crp.layers.nested import tensors_in
+from crp.trace import FunctionCall, ModuleCall, Reader, Trace, trace
 
 __all__ = [
     "Adjacency",
     "GraphNode",
     "ModelGraph",
-    "Node",
     "Pair",
-    "Reader",
-    "Trace",
     "Unit",
     "adjacent",
     "layers_as_units",
-    "trace",
     "trace_model_graph",
-    "tracing",
 ]
 
 _logger = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -19,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdRef
 
-from crp.layers import _active, uncompiled, unwrap
+from crp.layers import running_trace, uncompiled, unwrap
 from crp.layers.interrupts import atomic
+from crp.layers.nested import changed, tensors_in
 from crp.layers.state import Snapshot, undisturbed, version_of
 from crp.trace.record import FunctionCall, ModuleCall, Node, Operand, Reader, TensorKind, Trace
 
@@ -75,7 +75,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> Trace:
 @atomic
 def _recording(recorder: _Recorder, model: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[list[Any], Any]]:
     """Context in which a recorder sees all that a model does; yields copies of what the model is called with."""
-    token = _active.set(recorder)
+    token = running_trace.set(recorder)
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # (the model warns again when it runs for the user)
@@ -83,14 +83,14 @@ def _recording(recorder: _Recorder, model: nn.Module, args: Any, kwargs: Any) ->
             stack.enter_context(torch.no_grad())
             stack.enter_context(uncompiled(model))
             recorder.snapshot = stack.enter_context(undisturbed(model, args, kwargs, later=recorder.later(model)))
-            positional, named = _copied(list(args)), _copied(kwargs)
+            positional, named = changed((list(args), kwargs), lambda tensor: tensor.detach().clone())
             for number, tensor in enumerate(tensors_in((positional, named))):
                 recorder.keep(tensor, Node("input", "input", None, [], origins=frozenset([number])))
             stack.enter_context(recorder.hooks(model))
             stack.enter_context(recorder)
             yield positional, named
     finally:
-        _active.reset(token)
+        running_trace.reset(token)
 
 
 class _Recorder(TorchFunctionMode):
@@ -222,7 +222,7 @@ class _Recorder(TorchFunctionMode):
         before: dict[ModuleCall, list[_Version]] = {}
 
         def enter(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            if _active.get() is not self:  # another thread uses the model
+            if running_trace.get() is not self:  # another thread uses the model
                 return
             parent = self._stack[-1] if self._stack else None
             if parent is not None:
@@ -276,7 +276,7 @@ class _Recorder(TorchFunctionMode):
 
     def _current(self, layer: str) -> ModuleCall | None:
         """Innermost call of a layer; None in another thread that uses the model."""
-        if _active.get() is not self:
+        if running_trace.get() is not self:
             return None
         while self._stack[-1].layer != layer:  # a call that the model left by an exception, and caught
             self._stack.pop()
@@ -309,30 +309,6 @@ class _Recorder(TorchFunctionMode):
             node = Node("output", call.layer, call, sources, maker.readers, maker.origins, maker=maker)
         call.outputs.append(node)
         self.keep(tensor, node)
-
-
-def _copied(value: Any) -> Any:
-    """Inputs with copies of their tensors, outside autograd; what is in other objects stays."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors in nested sequences, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for entry in fields(value):
-            yield from tensors_in(getattr(value, entry.name))
 
 
 def _origins(nodes: Iterable[Node]) -> frozenset[int]:

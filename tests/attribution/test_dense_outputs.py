@@ -40,6 +40,17 @@ def logits_of(returned) -> Tensor:
 # --- targets --------------------------------------------------------------------------------------------------------
 
 
+def test_pixels_that_are_changed_between_parts_are_those_of_the_call(model, data):
+    mask = torch.zeros(6, 7, dtype=torch.bool)
+    mask[2, 3] = True
+    parts = CondAttribution(model, output=logits_of).generate(
+        data[:1], [{"y": [Pixels(c, mask)]} for c in range(2)], GradientTimesInput(), batch_size=1, verbose=False
+    )
+    next(parts)
+    mask.zero_()
+    assert next(parts).heatmap.any()
+
+
 @pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray], ids=["tensor", "array"])
 def test_pixels(model, data, kind):
     """Relevance starts at the pixels of the mask, with their logits; pixels of several classes are summed."""

@@ -11,8 +11,8 @@ from canonizer_cases import Merged, randomize
 from torch import nn
 from torch.nn import functional as F
 
-from crp.trace import undisturbed
-from crp.trace.graph import trace
+from crp.layers.state import undisturbed
+from crp.trace import trace
 
 
 class Net(nn.Module):

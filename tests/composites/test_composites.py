@@ -3,13 +3,15 @@
 import inspect
 import json
 import pickle
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
 
 import pytest
 import torch
 import zennit.composites
 import zennit.rules
 from core_cases import Maps, heatmap, rules
-from torch import nn
+from torch import Tensor, nn
 from zennit.canonizers import SequentialMergeBatchNorm
 
 import crp.composites as composites
@@ -202,6 +204,64 @@ def test_layer_map_of_a_preset_comes_before_its_own(vgg_bn, images):
     ours = EpsilonPlus(layer_map=[(nn.Conv2d, LRP0())])
     only = Composite(layer_map=[(nn.Conv2d, LRP0()), (nn.Linear, Epsilon())])
     torch.testing.assert_close(relevance(vgg_bn, images, 0, ours), relevance(vgg_bn, images, 0, only))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What some models are called with."""
+
+    data: Tensor
+
+
+class Entries(UserDict):
+    """The same as a mapping, whose class is none of Python's own."""
+
+
+class Holder(OrderedDict):
+    """The same as a dict that has its entries as attributes."""
+
+    __getattr__ = OrderedDict.__getitem__
+
+
+@pytest.mark.parametrize(
+    ("held", "read"),
+    [
+        (Record, lambda value: value.data),
+        (lambda data: Entries(data=data), lambda value: value.data["data"]),
+        (lambda data: Holder(data=data), lambda value: value.data),
+        (lambda data: [{"data": (data,)}], lambda value: value[0]["data"][0]),
+    ],
+    ids=["dataclass", "mapping", "dict with attributes", "nested"],
+)
+def test_an_input_that_is_held_by_something_gets_relevance(held, read, mlp, vectors):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp
+
+        def forward(self, value):
+            return self.net(read(value))
+
+    plain, inside = (vectors.clone().requires_grad_() for _ in range(2))
+    with EpsilonPlus().context(mlp) as model:
+        model(plain).sum().backward()
+    with EpsilonPlus().context(Reading()) as model:
+        model(held(inside)).sum().backward()
+    assert plain.grad.any() and torch.equal(inside.grad, plain.grad)
+
+
+def test_a_composite_on_what_another_one_s_model_calls_is_refused_also_where_no_module_holds_it(mlp, vectors):
+    class Calling(nn.Module):
+        def forward(self, x):
+            return held[0](x)
+
+    held = [mlp]
+    with (
+        EpsilonPlus().context(mlp),
+        EpsilonPlus().context(Calling()) as model,
+        pytest.raises(RuntimeError, match="EpsilonPlus and EpsilonPlus are on one model, or on a model and a part"),
+    ):
+        model(vectors.clone().requires_grad_())
 
 
 def test_composite_without_rules_is_gradient_times_input(vgg_bn, images):

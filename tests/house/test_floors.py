@@ -46,41 +46,41 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 396,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3314,
+    "attributors": 3313,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
     "audit": 2693,
-    "canonizers": 865,
+    "canonizers": 864,
     "commands": 2460,
     "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3993,
+    "composites": 3934,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2029,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6348,
+    "engine": 6312,
     "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
-    "layers": 1549,
+    "layers": 1610,
     "outputs": 391,
-    "metrics": 1126,
+    "metrics": 1129,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 8051,
+    "rules": 8173,
     # (along which axis the channels of a layer are)
-    "trace": 1347,
+    "trace": 1313,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
-    "visualization": 4854,
-    "visualization.mining": 4276,
+    "visualization": 4836,
+    "visualization.mining": 4272,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4635,
+    "visualization.report": 4629,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
-    "visualization.table": 2682,
+    "visualization.table": 2681,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}

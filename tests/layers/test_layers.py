@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,16 @@ from crp.engine.additions import attached, clear
 from crp.errors import InputError
 from crp.graph import trace_model_graph
 from crp.helper import get_output_shapes
-from crp.layers import LayerNotFoundError, differentiable, evaluating, find_layers, get_layer_names, uncompiled, unwrap
+from crp.layers import (
+    LayerNotFoundError,
+    differentiable,
+    evaluating,
+    find_layers,
+    get_layer_names,
+    hooked,
+    uncompiled,
+    unwrap,
+)
 from crp.layers.lasting import Shared
 
 
@@ -190,3 +201,12 @@ def test_a_shared_change_is_there_as_long_as_anyone_is_inside():
                 assert len(seen) == 2 * n - 1
             assert len(seen) == 2 * n - 1
         assert seen == ["made", "undone"] * n
+
+
+def test_hooks_for_a_while_act_in_their_thread_only():
+    """Whoever calls the model meanwhile gets what it predicts."""
+    model, data = nn.Linear(2, 2), torch.ones(1, 2)
+    usual = model(data)
+    with hooked({model: lambda module, args, output: 0 * output}), ThreadPoolExecutor(1) as others:
+        assert not model(data).any()
+        assert torch.equal(others.submit(model, data).result(), usual)

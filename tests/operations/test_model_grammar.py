@@ -164,6 +164,8 @@ def check(program: Program, preset: str, target: int) -> None:
     model, data = GrammarNet(program).eval(), program.data()
     prediction = model(data.clone()).detach()
     target %= prediction.shape[1]
+    if not prediction.isfinite().all():
+        raise Doubtful("infinite")
     here = f"{preset}, target {target}\n{program}"
     references = wanted(program, method, data, target, merges)
     before, composite = state_of(model), kind("auto" if merges else None, **keywords)

@@ -277,6 +277,19 @@ def test_spellings_of_attention_are_explained_alike(name, attention):
         torch.testing.assert_close(one, expected[key], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("attention", ["constant", "split"])
+def test_values_that_are_one_over_something_are_values(attention):
+    """They were held constant, and the probabilities took all."""
+    inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)
+
+    def inverted(function):
+        return lambda q, k, v: function(q, k, 1 / v.exp().square())
+
+    spelled, fused = (inverted(SPELLINGS[name]) for name in ("operators", "function"))
+    found, wanted = (explain(function, inputs, r, lrp(attention))[0] for function in (spelled, fused))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
 def with_ones(e, v):
     both = e @ torch.cat([v, torch.ones_like(v[..., :1])], -1)
     return both[..., :-1] / both[..., -1:]

@@ -175,6 +175,57 @@ def test_what_a_sum_of_products_keeps_is_accounted_for():
     assert_closes(between(DENSE["mean"][0]), TOKENS, UniformEpsilon(epsilon=0.1))
 
 
+def gelu_factor(a):
+    return 1 + torch.erf(a / 2**0.5)
+
+
+#: An activation beside another factor, and the same in other orders.
+ORDERS = {
+    "silu": (F.silu, lambda a, b: a * b * a.sigmoid()),
+    "silu_turned": (F.silu, lambda a, b: a.sigmoid() * b * a),
+    "silu_of_a_product": (F.silu, lambda a, b: a * (b * a.sigmoid())),
+    "silu_overwritten": (F.silu, lambda a, b: (b * a).mul_(a.sigmoid())),
+    "silu_divided": (F.silu, lambda a, b: a * b / (1 + (-a).exp())),
+    "silu_divided_before": (F.silu, lambda a, b: b / (1 + (-a).exp()) * a),
+    "silu_divided_in_two": (F.silu, lambda a, b: a * (b / (1 + (-a).exp()))),
+    "silu_divided_in_words": (F.silu, lambda a, b: torch.div(other=1 + (-a).exp(), input=torch.mul(other=a, input=b))),
+    "silu_by_einsum": (F.silu, lambda a, b: torch.einsum("ti,ti->ti", a * b, a.sigmoid())),
+    "gelu": (F.gelu, lambda a, b: a * b * 0.5 * gelu_factor(a)),
+    "gelu_scaled_later": (F.gelu, lambda a, b: 0.5 * (gelu_factor(a) * (b * a))),
+    "mish": (F.mish, lambda a, b: F.softplus(a).tanh() * b * a),
+    "softsign": (F.softsign, lambda a, b: b * a / (1 + a.abs())),
+    "square": (torch.square, lambda a, b: a * b * a),
+    "broadcast": (F.silu, lambda a, b: a * b.mean(-1, keepdim=True) * 6 * a.sigmoid()),
+}
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP, RelP, UniformAlphaBeta, DeepTaylor])
+@pytest.mark.parametrize("name", ORDERS)
+def test_factors_may_be_multiplied_in_any_order(name, kind):
+    activation, spelled = ORDERS[name]
+
+    def plain(a, b):
+        return activation(a) * (6 * b.mean(-1, keepdim=True) if name == "broadcast" else b)
+
+    def net(function):
+        layers = {name: nn.Linear(6, size) for name, size in (("left", 6), ("right", 6), ("out", 3))}
+        return seeded(Net(lambda s, x: s.out(function(2 * s.left(x), s.right(x))), **layers))
+
+    assert_same_map(net(spelled), net(plain), TOKENS[0], kind())
+    assert_closes(net(spelled), TOKENS[0], kind())
+
+
+def test_a_product_inside_another_is_no_layer_through_which_relevance_flows():
+    class Product(nn.Module):
+        def forward(self, a, b):
+            return a * b
+
+    layers = {"left": nn.Linear(6, 6), "right": nn.Linear(6, 6), "out": nn.Linear(6, 3), "product": Product()}
+    net = seeded(Net(lambda s, x: s.out(s.product(a := s.left(x), s.right(x)) * a.sigmoid()), **layers))
+    with pytest.raises(ValueError, match="so that all is one product: no relevance flows"):
+        maps(net, TOKENS[0], CPLRP(), record_layer=["product"])
+
+
 @pytest.mark.parametrize(("scales", "n_kept"), [(WEIGHTS, 8), (numbers(1, 6, seed=6), 0)])
 def test_factors_of_the_latest_products_are_kept_where_sums_may_be_of_matrices(scales, n_kept):
     products, of_model, factors = _Products(lambda tensor: False), [], []

@@ -217,3 +217,13 @@ def test_description_repr_and_pickle_rebuild_it(model: nn.Module, x: Tensor, ref
     for other in (again, pickle.loads(pickle.dumps(composite))):
         assert torch.equal(CondAttribution(model)(x, CONDITIONS, other).heatmap, expected)
     assert repr(DeepLift(reference=0.5, variant="reveal_cancel")) == "DeepLift(reference=0.5, variant='reveal_cancel')"
+
+
+def test_a_model_that_does_more_for_the_reference_is_refused(x: Tensor) -> None:
+    class Deciding(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            scores = torch.relu(value).flatten(1)
+            return scores if value.any() else torch.relu(scores)
+
+    with pytest.raises(RuntimeError, match=r"the model ran relu.* for the reference, but not for the data"):
+        heatmap(Deciding().eval(), x, 0.0)

@@ -247,6 +247,38 @@ def test_weights_of_experts_that_an_index_chooses_are_held_constant(shares, kind
     assert_same_map(net(attend(False)), net(attend(True)), DATA, kind())
 
 
+def bins(ends):
+    return ends[..., 1:] - ends[..., :-1]
+
+
+@pytest.mark.parametrize(
+    "divisor",
+    [
+        lambda k: k.softmax(-1).cumsum(-1),
+        lambda k: bins(F.pad(k.softmax(-1).cumsum(-1), (1, 0))),
+        lambda k: k.exp().sum(-1, keepdim=True),
+    ],
+    ids=["softmax", "bins of a spline", "exponentials"],
+)
+@pytest.mark.parametrize("kind", [AttnLRP, RelP, EpsilonPlusFlat])
+def test_a_sum_of_other_exponentials_is_held_constant_as_any_divisor(divisor, kind):
+    """It was taken for that of a softmax, which splines of normalizing flows do not have there."""
+    divided = [lambda q, k, v, d=d: q.softmax(-1) / d(k) + v for d in (divisor, lambda k: divisor(k).detach())]
+    assert_same_map(*map(net, divided), DATA, kind())
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, RelP])
+def test_exponentials_may_be_computed_twice(kind):
+    def less_the_largest(z):
+        return z - z.amax(-1, keepdim=True)
+
+    def attend(q, k, v):
+        z = logits(q, k)
+        return less_the_largest(z).exp() / less_the_largest(z).exp().sum(-1, keepdim=True) @ v
+
+    assert_same_map(net(attend), net(lambda q, k, v: logits(q, k).softmax(-1) @ v), DATA, kind())
+
+
 #: Edges of a graph of five nodes, each with at least one that ends there.
 BEGIN, END = torch.tensor([0, 1, 2, 3, 4, 0, 2]), torch.tensor([1, 2, 3, 4, 0, 2, 1])
 

@@ -323,6 +323,7 @@ DIVIDING = {
         lambda a, b: a / torch.exp(torch.log(b.square().mean(1, keepdim=True)) / 2),
         lambda a, b: a / b.square().mean(1, keepdim=True).sqrt(),
     ),
+    "glu": (lambda a, b: F.glu(1 / torch.cat([b, a], 1), 1), lambda a, b: (1 / a).sigmoid() / b),
     "power": (lambda a, b: b**-1 * a, lambda a, b: a / b),
     "rsqrt": (lambda a, b: a * (b * b + 1).rsqrt(), lambda a, b: a / (b * b + 1).sqrt()),
     "repeated": (

@@ -67,6 +67,10 @@ def one_more_softsign(a):
     return 1 + F.softsign(a)
 
 
+def half_more_softsign(a):
+    return F.softsign(a) + 0.5
+
+
 def snake(a):
     return a + a.sin() ** 2
 
@@ -157,12 +161,16 @@ SPELLINGS = {
     torch.sigmoid: {"complement_of_by_exp": lambda a: 1 - 1 / (1 + torch.exp(a))},
     torch.tanh: {"by_exp": lambda a: 1 - 2 / (1 + (2 * a).exp())},
     one_more_softsign: {"by_abs": lambda a: 1 + a / (1 + a.abs())},
+    half_more_softsign: {"by_abs": lambda a: a / (1 + a.abs()) + 0.5},
 }
 #: Functions of one tensor by softmax, beside numbers or what else is made of it; and by numbers beside exponentials.
 BY_EXPONENTIALS = {
     "one": (torch.sigmoid, lambda a: torch.softmax(torch.stack([a, torch.zeros_like(a)], -1), -1)[..., 0]),
     "halves": (torch.sigmoid, lambda a: torch.stack([-a / 2, a / 2]).softmax(0)[1]),
     "columns": (torch.sigmoid, lambda a: torch.cat([a[..., None], ZERO.expand(3, 6, 1)], -1).softmax(-1).select(-1, 0)),
+    "padded": (torch.sigmoid, lambda a: F.pad(a[..., None], (1, 0)).softmax(-1)[..., 1]),
+    "padded_rows": (torch.sigmoid, lambda a: F.pad(a[:, None], (0, 0, 0, 1), value=0.0).softmax(1)[:, 0]),
+    "padded_by_aten": (torch.sigmoid, lambda a: torch.ops.aten.pad(a[None], [0, 0, 0, 0, 0, 1]).softmax(0)[0]),
     "taken_apart": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).unbind(1)[0]),
     "in_chunks": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).chunk(2, 1)[0].squeeze(1)),
     "rest": (torch.sigmoid, lambda a: 1 - torch.stack([a, 0 * a], 1).softmax(1)[:, 1]),
@@ -194,6 +202,34 @@ def test_an_activation_is_the_same_however_it_is_written(name, preset):
 @pytest.mark.parametrize("name", BY_EXPONENTIALS)
 def test_exponentials_of_one_tensor_beside_numbers_are_an_activation(name, kind):
     plain, spelled = (seeded(Net(activation)) for activation in BY_EXPONENTIALS[name])
+    assert_same_map(spelled, plain, DATA, kind())
+    assert_closes(spelled, DATA, kind())
+
+
+#: What is made of exponentials, or of a softmax, before an activation.
+OF_EXPONENTIALS = {
+    "each": lambda a: a.exp() - 1.5,
+    "sum": lambda a: (0.3 * a).exp().sum(-1, keepdim=True).expand(a.shape) - 1,
+    "weighted": lambda a: a.exp() @ numbers(6, 6, seed=5),
+    "softmax": lambda a: 10 * a.softmax(-1) - 2,
+}
+#: Activations, and how else they are written.
+ACTIVATIONS = {
+    "relu6": (F.hardsigmoid, lambda t: F.relu6(t + 3) / 6),
+    "clamp": (F.hardsigmoid, lambda t: (t + 3).clamp(0, 6) / 6),
+    "two_relus": (F.hardsigmoid, lambda t: (F.relu(t + 3) - F.relu(t - 3)) / 6),
+    "difference": (F.relu6, lambda t: F.relu(t) - F.relu(t - 6)),
+    "softmax": (torch.sigmoid, lambda t: torch.stack([t, 0 * t]).softmax(0)[0]),
+    "of_sum": (F.softplus, lambda t: torch.stack([0 * t, t]).logsumexp(0)),
+}
+
+
+@pytest.mark.parametrize("kind", [composites.EpsilonPlus, composites.AttnLRP, composites.RelP])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("below", OF_EXPONENTIALS)
+def test_an_activation_of_exponentials_is_the_same_however_it_is_written(below, name, kind):
+    made = OF_EXPONENTIALS[below]
+    plain, spelled = (seeded(Net(lambda a, f=f: f(made(a / 3)))) for f in ACTIVATIONS[name])
     assert_same_map(spelled, plain, DATA, kind())
     assert_closes(spelled, DATA, kind())
 
@@ -235,6 +271,13 @@ def test_other_numbers_keep_their_share(name):
     (found,), _ = explain(cut, [a], r, lrp("split"))
     number = 2 if name == "not_in_the_middle" else 3
     torch.testing.assert_close(found, torch.where(cut(a) == 0, 0, r * a / (a + number)), rtol=1e-9, atol=1e-12)
+
+
+def test_a_small_number_before_a_logarithm_keeps_its_share():
+    """Infinite at minus this number, the logarithm was taken for small at zero."""
+    a, r = 0.05 * numbers(4, 6), numbers(4, 6, seed=1)
+    (found,), _ = explain(lambda a: torch.log(a.square() + 1e-3), [a], r, lrp("split"))
+    torch.testing.assert_close(found, r * a.square() / (a.square() + 1e-3), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("number", [3.0, 3 * ONE], ids=["python", "tensor"])
@@ -286,6 +329,8 @@ AROUND_EXPONENTIALS = {
     "softplus": lambda a: torch.log(1 + a.exp()),
     "sigmoid": lambda a: 1 / (1 + torch.exp(-a)),
     "expm1": lambda a: a.exp() - 1,
+    "logit": lambda a: a.sigmoid().logit(),
+    "hardly_anything": lambda a: (-100 * a.abs()).exp() + 3,
 }
 
 

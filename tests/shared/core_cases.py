@@ -114,7 +114,7 @@ def rules(model: nn.Module, composite: Composite, data: Tensor | None = None) ->
 
 def within(model: nn.Module, composite: Composite, *args: object, **kwargs: object) -> list[Tensor]:
     """Gradients of all inputs that require one, inside the composite's context, for target 0."""
-    from crp.trace.recorder import tensors_in
+    from crp.layers.nested import tensors_in
 
     leaves = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
     with composite.context(model):

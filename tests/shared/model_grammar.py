@@ -244,7 +244,7 @@ def activated(program: Program) -> list[bool | None]:
             known.append(False if step.settings["start"] else None)
         elif rule == "squash" or (rule == "pass" and name not in ("abs", "square", "normalize")):
             known.append(True if step.is_module or step.spelling not in _BY_HAND else None)
-        elif name in SQUASH_KEEPING and all(read):
+        elif name in SQUASH_KEEPING - {"complement"} and all(read):
             known.append(True)
         elif rule in ("dense", "convolution", "batch_norm", "norm") or not any(r is not False for r in read):
             known.append(False)

@@ -425,6 +425,11 @@ class SlowReference:
             raise Doubtful("which of two gates is the signal")
         signal, below = a.chunk(2, 1)
         gate, m = below.sigmoid(), m.reshape(signal.shape)
+        divides = self.dividing[self.program.steps[k].reads[0]]
+        if divides is None:
+            raise Doubtful("what divides depends on how it is written")
+        if divides:
+            return [torch.cat([torch.zeros_like(m), torch.where(below == 0, 0.0, m * signal * gate / below)], 1)]
         if self.method.gates == "signal":
             return [torch.cat([m * gate, torch.zeros_like(m)], 1)]
         return [torch.cat([m * gate / 2, torch.where(below == 0, 0.0, m * signal * gate / 2 / below)], 1)]

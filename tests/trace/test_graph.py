@@ -16,9 +16,9 @@ import torchvision
 from torch import Tensor, nn
 
 from crp.errors import CRPError
-from crp.layers import LayerNotFoundError, get_layer_names
-from crp.trace import graph
-from crp.trace.graph import Adjacency, Trace, adjacent, layers_as_units, trace, trace_model_graph
+from crp.layers import LayerNotFoundError, get_layer_names, tracing
+from crp.trace import Trace, trace
+from crp.trace.graph import Adjacency, adjacent, layers_as_units, trace_model_graph
 
 
 class Net(nn.Module):
@@ -517,7 +517,7 @@ def test_an_exception_leaves_nothing_behind(resnet, images, untouched):
     model.register_buffer("calls", torch.zeros(()))
     with untouched(model), pytest.raises(ValueError, match="broken"):
         trace(model, X)
-    assert not graph.tracing()
+    assert not tracing()
     assert torch.randn(2).add(1).shape == (2,)  # no mode is left on
 
 
@@ -535,7 +535,7 @@ def test_a_replaced_buffer_comes_back(untouched):
 def test_tracing_tells_hooks_to_stay_inert():
     seen = []
     model = net(lambda m, x: m.a(x))
-    model.a.register_forward_hook(lambda *_: seen.append(graph.tracing()))
+    model.a.register_forward_hook(lambda *_: seen.append(tracing()))
     trace(model, X)
     model(X)
     assert seen == [True, False]
@@ -545,10 +545,10 @@ def test_a_thread_that_uses_the_model_meanwhile_is_not_recorded():
     started, finished = threading.Event(), threading.Event()
 
     def wiring(m, x):
-        if graph.tracing():
+        if tracing():
             started.set()
             finished.wait(10)
-        return m.c(m.a(x)) if graph.tracing() else m.c(m.b(x))
+        return m.c(m.a(x)) if tracing() else m.c(m.b(x))
 
     model = net(wiring)
 

@@ -267,14 +267,16 @@ CHANGES = {
     "another parameter": (lambda m: setattr(m[3], "weight", nn.Parameter(m[3].weight * 2)), "'3.weight'"),
     "another layer": (lambda m: m.__setitem__(3, nn.Conv2d(4, 3, 3).double().eval()), "'3.weight', '3.bias'"),
     "a buffer": (lambda m: m[1].running_mean.add_(1), "'1.running_mean'"),
+    "a layer without weights": (lambda m: m.__setitem__(2, nn.Tanh().eval()), "'2'"),
+    "one layer more": (lambda m: m.append(nn.Linear(3, 3).double().eval()), "'7', '7.weight', '7.bias'"),
 }
 
 
-@pytest.mark.promise("Input", "Weights that change between parts of `generate` are refused")
+@pytest.mark.promise("Input", "Weights and layers that change between parts of `generate` are refused")
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("composite", [EpsilonPlus, zennit_merged, lambda: None], ids=["ours", "zennit", "none"])
 @pytest.mark.parametrize("n_samples", [1, 2])
-def test_weights_that_change_between_parts_are_noticed(change, composite, n_samples):
+def test_what_changes_of_the_model_between_parts_is_noticed(change, composite, n_samples):
     """Parts of one call would be of two models. Afterwards a new call is right."""
     model, (apply, names) = net(), CHANGES[change]
     data, conditions = images()[:n_samples], [*CONDITIONS, {"y": 0}]

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from operator import index, itemgetter
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -185,15 +184,12 @@ def record_activations(
         What would be explained; None where the model returns no such tensor.
     """
     returned: list[Any] = []
-    with put_on(composite, attribution.model) as model:
-        thread = get_ident()
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if get_ident() == thread:
-                returned.append(output)
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        returned.append(output)
 
-        with hooked({model: keep}):
-            found = record_outputs(model, asked.run, asked.n_texts, layers)
+    with put_on(composite, attribution.model) as model, hooked({model: keep}):
+        found = record_outputs(model, asked.run, asked.n_texts, layers)
     found = {layer: asked.of_samples(outputs) for layer, outputs in found.items()}
     output = None
     with suppress(TypeError, ValueError, KeyError, IndexError, AttributeError):  # nothing is explained here
