@@ -64,7 +64,6 @@ def _find_layers(loaded: Loaded, wanted: Sequence[str]) -> list[str]:
 
     if "auto" not in wanted or any(name == "auto" for name, _ in loaded.model.named_modules()):
         return select_layers(loaded.model, wanted)
-    suggested = [one.name for one in list_layers(loaded.model, loaded.example()) if one.suggested]
-    if not suggested:
+    if not (suggested := [one.name for one in list_layers(loaded.model, loaded.example()) if one.suggested]):
         raise CommandError("--layers auto finds no feature maps, and no tokens; crp layers MODEL lists all layers")
     return select_layers(loaded.model, [*suggested, *(name for name in wanted if name != "auto")])

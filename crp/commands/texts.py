@@ -77,6 +77,7 @@ def explain_texts(
         raise CommandError(f"--out {out} must end in .html, .png, .jpg, .pdf or .svg")
     if not asking.tokenizer:
         raise CommandError("--text needs the model's --tokenizer: a folder or name, or package.module:factory")
+    loaded.check_main_input()
     chosen = find_method(method)
     through = _set_layer(loaded, asking, given, chosen.family)
     dataset = Texts(list(texts), load_tokenizer(asking.tokenizer))

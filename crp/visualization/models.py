@@ -77,8 +77,13 @@ class Loaded:
         try:
             with torch.no_grad(), telling_misfits(self.model, [data], {0: data}):
                 return self.model(data)
-        except (InputError, RuntimeError) as error:
-            raise LoadingError(f"{error}; --size says how large pictures are") from error
+        except Exception as error:  # (of any kind, as a model may raise any)
+            where = f"{type(self.model).__name__} cannot take samples of shape {tuple(data.shape)}: "
+            hint = "texts are given by --text, or by --data and --tokenizer"
+            raise LoadingError(
+                f"{'' if isinstance(error, InputError) else where}{_in_a_line(error)}; "
+                f"{hint if self.reads_tokens else '--size says how large pictures are'}"
+            ) from error
 
     def scores(self, data: Tensor) -> Tensor:
         """Score of every class for each sample, of shape (samples, classes).
@@ -128,11 +133,15 @@ class Loaded:
         kinds = list(map(type, self.model.modules()))
         return any(issubclass(kind, nn.Embedding) for kind in kinds) and nn.Conv2d not in kinds
 
-    def example(self) -> Tensor | dict[str, Tensor]:
-        """A grey picture or a short text as the model takes it, for asking what shapes its layers give."""
-        taken = getattr(self.model, "main_input_name", "pixel_values")  # (models of Hugging Face say it)
+    def check_main_input(self) -> None:
+        """Raise a `LoadingError` where a model of Hugging Face says that it takes other samples, such as waves."""
+        taken = getattr(self.model, "main_input_name", "pixel_values")
         if taken not in ("pixel_values", "input_ids"):
             raise LoadingError(f"{type(self.model).__name__} takes {taken!r}, and neither pictures nor ids of tokens")
+
+    def example(self) -> Tensor | dict[str, Tensor]:
+        """A grey picture or a short text as the model takes it, for asking what shapes its layers give."""
+        self.check_main_input()
         if self.reads_tokens:
             ids = torch.ones(1, 5, dtype=torch.long)
             return {"input_ids": ids, "decoder_input_ids": ids} if takes_decoder_ids(self.model) else ids

@@ -113,6 +113,17 @@ def test_a_model_of_sounds_says_what_it_takes(here: Path) -> None:
     result = crp("layers", "reading:listener")
     assert result.exit_code == 1
     assert "takes 'input_features', and neither pictures nor ids of tokens" in result.output
+    words = "--tokenizer", "reading:letters", "--text", "abc", "--out", "a.html"
+    assert crp("attribute", "--model", "reading:listener", *words).output == result.output
+
+
+@pytest.mark.parametrize("model", ["net", "reader"])
+def test_who_gives_pictures_to_a_model_that_reads_texts_is_told_how_these_are_given(here: Path, model: str) -> None:
+    Image.new("RGB", (4, 4)).save("picture.png")
+    result = crp("attribute", "picture.png", "--model", f"reading:{model}", "--out", "a.html")
+    assert result.exit_code == 1
+    assert "; texts are given by --text, or by --data and --tokenizer" in result.output
+    assert model == "net" or "cannot take samples of shape (1, 3, 4, 4): too many values" in result.output
     assert "--size" not in result.output
 
 
