@@ -344,6 +344,7 @@ class SlowReference:
         y = self.values[k + 1]
         if i == j:
             return [*self._pass(k, m, a), None]
+        self._check_order(i, j)
         first, second = self._is_held(i, j), self._is_held(j, i)
         half = 1.0 if first or second else 0.5
         if half < 1 and self.origins[i] & self.origins[j]:
@@ -352,6 +353,20 @@ class SlowReference:
         to_a = _summed(half * m * b, a.shape) if half < 1 or second else None
         to_b = _summed(half * m * a, b.shape) if half < 1 or first else None
         return [to_a, to_b]
+
+    def _check_order(self, *reads: int) -> None:
+        """Refuse a product of several factors of which two are made of one value, and others come in between."""
+        left, right = ([self.origins[factor] for factor in self._factors(i)] for i in reads)
+        is_of_one = self.origins[reads[0]] & self.origins[reads[1]]
+        if not is_of_one and any(one & other for one in left for other in right):
+            raise Doubtful("factors that are made of one value come first")
+
+    def _factors(self, i: int) -> list[int]:
+        """Values that a value is a product or a quotient of."""
+        step = self.program.steps[i - 1]
+        if i == 0 or step.name not in ("product", "quotient", "scale", "layer_scale"):
+            return [i]
+        return [factor for read in step.reads for factor in self._factors(read)]
 
     def _has_weights(self, k: int) -> bool:
         """Whether one operand of a product of matrices is held constant."""
@@ -435,6 +450,7 @@ class SlowReference:
         return [torch.cat([m * gate / 2, torch.where(below == 0, 0.0, m * signal * gate / 2 / below)], 1)]
 
     def _quotient(self, k: int, m: Tensor, a: Tensor, b: Tensor) -> list[Tensor | None]:
+        self._check_order(*self.program.steps[k].reads)
         return [_summed(m.reshape(self.values[k + 1].shape) / b, a.shape), None]
 
 
