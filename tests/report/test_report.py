@@ -102,6 +102,8 @@ def test_references_are_those_of_the_ranking(fv, atlas, layer, mode):
         columns = (best.value[:, concept], best.target[:, concept], best.sample[:, concept])
         rows = zip(*(column.tolist() for column in columns), strict=True)
         assert captions == [(percent(value), NAMES[target], str(sample)) for value, target, sample in rows if value]
+        cells = re.findall(r'<span class="map[^"]*"><img src="([^"]+)" class="h(\d+)-\d+"', part)
+        assert len(set(cells)) == len(captions)  # (each shows its own of the heatmaps of a file)
 
 
 def test_heatmaps_are_conditioned_on_class_and_concept(fv, atlas):
