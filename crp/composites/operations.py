@@ -22,7 +22,7 @@ from crp.rules.account import Shares
 from crp.rules.base import Attachment
 from crp.rules.deeplift import Differences
 from crp.rules.functions import AFFINE, Function, activation
-from crp.rules.layer import Layer, in_words
+from crp.rules.layer import Layer, call_in_words
 from crp.rules.mode import Choice, SeeingMode, innermost_module
 from crp.rules.notes import FIRST
 from crp.rules.operands import Operands
@@ -128,7 +128,7 @@ class Operations(SeeingMode):
         if self.matching.is_counting:
             return op.run()
         if self.references.is_on and self.references.differ(op) and isinstance(self.attachment, Differences):
-            self.attachment.differing[in_words(op.known.name, self.innermost())] = None
+            self.attachment.differing[call_in_words(op.known.name, self.innermost())] = None
         if choice.is_method and account is None and self.seen is None:
             return self._read_by(op) if self.attachment.rectifiable else op.function(*op.args, **op.kwargs)
         self._note_reading(op.inputs)
@@ -143,7 +143,7 @@ class Operations(SeeingMode):
         if is_recording or not any(tensor.requires_grad for tensor in tensors_in(target)):
             return result if written is None else written.copy_(result)
         if not choice.is_method:
-            self._untreated[in_words(op.known.name, self.innermost())] = None
+            self._untreated[call_in_words(op.known.name, self.innermost())] = None
         self._list(op.known.name, choice)
         if is_kept and result is target:
             # (a function without a rule keeps what its inputs do not explain, and the account must close)

@@ -19,7 +19,7 @@ from crp.errors import InputTypeError
 from crp.layers import evaluating, hooked, referencing, tracing
 from crp.layers.misfits import telling_misfits
 from crp.layers.nested import changed
-from crp.rules.layer import in_words
+from crp.rules.layer import call_in_words
 from crp.wording import counted
 
 CHAIN_RULE = "ordinary chain rule"
@@ -172,7 +172,7 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
         for name, module in modules.items()
         if name in ran or name in told or (module._parameters and not calls[name])
     }
-    left = dict.fromkeys(in_words(one.operation, one.layer) for one in seen if not one.is_method)
+    left = dict.fromkeys(call_in_words(one.operation, one.layer) for one in seen if not one.is_method)
     return Report(
         repr(composite),
         type(model).__name__,

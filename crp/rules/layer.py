@@ -322,10 +322,10 @@ class Layer:
         place = self.place or (self.locate() if self.locate is not None else "")
         if self.module is not None:
             return f"{self.name} {place!r}"
-        return in_words(self.name, place)
+        return call_in_words(self.name, place)
 
 
-def in_words(function: str, place: str) -> str:
+def call_in_words(function: str, place: str) -> str:
     """A call of a function in a module, if that is known, for messages."""
     return f"{function}() in {place!r}" if place else f"{function}()"
 

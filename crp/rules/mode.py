@@ -23,7 +23,7 @@ from crp.rules.contractions import _SUMMING, _Products
 from crp.rules.entrywise import _OF_EXPONENTIALS, BEGINNING, _entrywise, _function_in, _is_of_several, _known, _of_mask
 from crp.rules.exponentials import _combined, _copy, _OfExponentials, _softmax
 from crp.rules.functions import Function, activation, look_up
-from crp.rules.layer import Layer, in_words
+from crp.rules.layer import Layer, call_in_words
 from crp.rules.notes import FIRST, Born, Copied, Note, Notes
 from crp.rules.operands import Operands, _in_parts, _steps
 from crp.rules.operation import RESULTS, Operation, _fills
@@ -355,7 +355,7 @@ class SeeingMode(TorchFunctionMode):
 
     def _refuse_derivative(self, known: Function) -> NoReturn:
         raise UnseenError(
-            f"the model differentiates inside its forward pass ({in_words(known.name, self.innermost())}): under "
+            f"the model differentiates inside its forward pass ({call_in_words(known.name, self.innermost())}): under "
             "rules its derivative, and so its prediction, would be another one. Explain a model without that step"
         )
 
@@ -364,8 +364,8 @@ class SeeingMode(TorchFunctionMode):
         for tensor in tensors_in(result):
             if tensor.requires_grad and not _has_derivative(tensor, op.inputs):
                 raise NotImplementedError(
-                    f"{in_words(op.known.name, self.innermost())} is registered with torch without a derivative, so "
-                    "that nothing is sent back through it; register one, as by torch.library.register_autograd"
+                    f"{call_in_words(op.known.name, self.innermost())} is registered with torch without a derivative: "
+                    "nothing is sent back through it; register one, as by torch.library.register_autograd"
                 )
 
     def innermost(self) -> str:
