@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from crp.checks import check_choice, check_number
 from crp.errors import InputError
 from crp.visualization.analysis import cosines
+from crp.visualization.references import once_each
 from crp.visualization.table.columns import SampleColumns
 from crp.visualization.table.ranking import once_per_sample, top_k
 from crp.visualization.table.recipe import tell_part
@@ -138,7 +140,8 @@ def compare(
     by = "activation" if all("activation" in table.modes for table in tables) else mode
     for layer in names:
         share, n_rows = _shares(tables, layer, mode, sample)
-        best = [top_k(table, layer, mode, _kind(tables), k=n_references, samples=sample).sample for table in tables]
+        asks = [partial(top_k, table, layer, mode, _kind(tables), True, samples=sample) for table in tables]
+        best = [once_each(ask, n_references).sample for ask in asks]
         common = np.array([len(np.intersect1d(*pair)) for pair in zip(best[0].T, best[1].T, strict=True)])
         together = cosines(_paired(tables, layer, by, sample, False), True)
         own, most = together.diagonal().copy(), together.max(1)
@@ -215,7 +218,6 @@ def _paired(
 def _shares(tables: _Tables, layer: str, mode: str, sample: np.ndarray) -> tuple[np.ndarray, int]:
     """Mean shares of concepts before and after, and the number of rows."""
     sums = [(len(one), one.sum(0), other.sum(0)) for one, other in _paired(tables, layer, mode, sample, True)]
-    n = sum(rows for rows, *_ in sums)
-    if not n:
+    if not (n := sum(rows for rows, *_ in sums)):
         raise InputError(f"the tables in {tables[0].path} and {tables[1].path} explain no sample for the same class")
     return np.stack([np.sum([part[side] for part in sums], axis=0) / n for side in (1, 2)]), n

@@ -62,8 +62,7 @@ def keep_heatmaps(
             raise InputError(f"heatmaps have shape {tuple(heatmap.shape[1:])}; only those of pictures are made small")
         shape = min(size, heatmap.shape[1]), min(size, heatmap.shape[2])
         parts.append(F.adaptive_avg_pool2d(heatmap[:, None], shape)[:, 0].numpy())
-    values = np.concatenate(parts)
-    if not np.isfinite(values).all():
+    if not np.isfinite(values := np.concatenate(parts)).all():
         raise InputError(f"heatmaps of class {of_class} have NaN or infinite values")
     largest = np.abs(values).max((1, 2))
     # (a power of two changes no digit)

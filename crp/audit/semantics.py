@@ -199,7 +199,6 @@ def _embeddings(values: Any) -> np.ndarray:
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    if not length.all():
+    if not (length := np.linalg.norm(vectors, axis=-1, keepdims=True)).all():
         raise InputError("an embedding is 0")
     return np.asarray(vectors / length)

@@ -11,7 +11,7 @@ from torch import Tensor
 from crp.attribution import CondAttribution
 from crp.concepts import Concept, as_ids
 from crp.engine.attached import put_on
-from crp.engine.taps import in_call_order
+from crp.engine.taps import check_layers, in_call_order
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
 from crp.notices import warn
@@ -124,6 +124,7 @@ class SampleAccess:
 
     def in_call_order(self, layers: Sequence[str], sample: int) -> list[str]:
         """Layers in the order in which a sample goes through them, none before what it is computed from."""
+        check_layers(self.attribution.model, layers, "layers")
         asked = self._asked(sample)
         with torch.no_grad(), put_on(None, self.attribution.model) as model:
             return in_call_order(model, layers, asked.run)

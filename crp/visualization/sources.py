@@ -319,8 +319,7 @@ def _labels(folder: Path, classes: Sequence[str]) -> dict[str, int]:
         raise LoadingError(f"--data {folder} has no class folders, so there are no labels; give --targets prediction")
     if loose:
         raise LoadingError(f"--data {folder} holds pictures beside its class folders, such as {loose[0]}")
-    empty = [name for name in names if not any(_files(folder / name))]
-    if empty:
+    if empty := [name for name in names if not any(_files(folder / name))]:
         warn(f"--data {folder}: no picture is in the class folders {', '.join(empty)}")
     found = [_classes_called(name, classes) for name in names]
     if any(found):

@@ -94,6 +94,13 @@ def test_numbers_are_those_of_the_tables(before, tmp_path, monkeypatch, mode, at
     assert found.moved.tolist() == (found.prediction[0] != found.prediction[1]).tolist()
 
 
+def test_a_sample_of_several_targets_is_one_reference(tmp_path):
+    fv = make_fv(tmp_path / "all")
+    fv.run(EpsilonPlus(), progress=False, targets="all")
+    for layer, one in compare(*tables(fv, fv)).layers.items():
+        assert one.n_references == 8 and one.common.tolist() == [8] * len(one.common), layer
+
+
 def test_concepts_that_never_vary_are_like_none(before, tmp_path):
     net = make_net()
     with torch.no_grad():

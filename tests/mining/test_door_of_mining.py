@@ -42,6 +42,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "mode": ({"modes": ["relevances"]}, "modes must be among 'relevance', 'activation'"),
     "mode in a word": ({"modes": "relevance"}, "modes must be among"),
     "no kind": ({"kinds": []}, "kinds must be among"),
+    "a number for a part": ({"part": 3}, r"part must be \(i, n\) with i from 0 to n - 1, not 3"),
     "a number of modes": ({"modes": 2}, "modes must be among 'relevance', 'activation'; not 2"),
     "a list in modes": ({"modes": [["relevance"]]}, "modes must be among"),
     "batches of none": ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),

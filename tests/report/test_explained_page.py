@@ -51,6 +51,8 @@ def test_each_concept_has_its_own_crop_and_a_bar_relative_to_the_largest(tmp_pat
     assert [bar.get("class") for bar in bars[:2]] == [None, "neg"]
     assert "2 concepts carry 30.0\N{NO-BREAK SPACE}% of the relevance in top." in page.text
     assert '<body class="pixels">' not in text
+    scale = [(one["offset"], one["stop-color"]) for tag, one in page.elements if tag == "stop"]
+    assert scale == [("0", "#2159bf"), ("0.5", "#ffffff"), ("1", "#cc171c")]  # (blue against, red for)
 
 
 @pytest.mark.parametrize(

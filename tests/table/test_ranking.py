@@ -225,9 +225,9 @@ def test_bad_questions(tmp_path: Path) -> None:
         top_k(table, "aa")
     with pytest.raises(KeyError, match=r"has target 7; it has 4 targets, nearest: 0, 1, 2, 3"):
         top_k(table, "a", of_class=7)
-    with pytest.raises(ValueError, match="mode must be one of those mined, 'relevance', 'activation'; not 'rel'"):
+    with pytest.raises(ValueError, match=r"mode 'rel' was not mined into .*, which has relevance, activation"):
         top_k(table, "a", "rel")
-    with pytest.raises(ValueError, match="target must be one of those mined, 'sum', 'max'; not 'min'"):
+    with pytest.raises(ValueError, match=r"kind 'min' was not mined into .*, which has sum, max"):
         class_means(table, "a", target="min")
     with pytest.raises(ValueError, match="k must be a whole number of at least 1, not 0"):
         top_k(table, "a", k=0)

@@ -92,6 +92,8 @@ def test_ids_that_are_no_integers_are_refused(tmp_path, ids):
 
 
 def test_an_unknown_layer_is_named(tmp_path):
+    with pytest.raises(KeyError, match=r"<layers> 'frist' not found"):
+        mined(tmp_path).in_call_order(["second", "frist"], 0)
     with pytest.raises(KeyError, match=r"<layer_name> \['first'\] not found"):
         mined(tmp_path).get_max_reference([0], ["first"])
     with pytest.raises(KeyError, match=r"<layer_name> 'frist' not found.*'first'"):

@@ -107,7 +107,7 @@ def mine(
         raise InputError(f"the range {start} to {stop} must be within the dataset, 0 to {n}, and not empty")
     if part is None:
         return _mine_all(job, start, stop, client)
-    if not (len(part) == 2 and all(type(i) is int for i in part) and 0 <= part[0] < part[1]):
+    if not (isinstance(part, Sequence) and [type(i) for i in part] == [int, int] and 0 <= part[0] < part[1]):
         raise InputError(f"part must be (i, n) with i from 0 to n - 1, not {part!r}")
     if job.options.overwrite or client is not None:
         raise InputError("part shares the folder with other processes: it goes with neither overwrite nor client")

@@ -253,9 +253,9 @@ class Table:
             If the layer, the mode, the kind or a concept was not mined, there is no such sample, or a number is none.
         """
         check_flags(normed=normed)
-        for name, given, there in (("mode", mode, self.modes), ("target", target, self.kinds)):
+        for name, given, there in (("mode", mode, self.modes), ("kind", target, self.kinds)):
             if given not in there:
-                raise InputError(f"{name} must be one of those mined, {', '.join(map(repr, there))}; not {given!r}")
+                raise InputError(f"{name} {given!r} was not mined into {self.path}, which has {', '.join(there)}")
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
         wanted = None if samples is None else sample_numbers(samples, self.n_samples)
