@@ -115,7 +115,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         self.applied: list[tuple[Canonizer, Sequence[Canonizer]]] = []
         self._attachment = Attachment()
         self._operations: Operations | None = None
-        self._depth, self._entered, self._thread = 0, False, 0
+        self._depth, self._entered, self._explained, self._thread = 0, False, False, 0
         self._structure: Structure | None = None
         self._ready: tuple[tuple[list[Any], ...], list[MapEntry], dict[Any, Any]] | None = None
         super().__init__(lambda *_: None, [] if self.auto or canonizers is None else list(canonizers))
@@ -351,6 +351,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
     ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, Tensor]]:
         """Arguments for the model; and by `id` of each input, the tensor that takes relevance handed out as it is."""
         explained = {id(data): data for data in tensors_in((args, kwargs)) if data.requires_grad}
+        self._explained = bool(explained)
         references = {key: self.reference_for(data, n) for n, (key, data) in enumerate(explained.items())}
         if torch.is_grad_enabled() and any(reference is not None for reference in references.values()):
 
@@ -386,8 +387,8 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         if self._entered:
             mode.leave()
         try:
-            if self._entered and output is not None:
-                mode.check_output(output)
+            if output is not None and (self._entered or self.readout == "relevance"):
+                mode.check_output(output, self._explained)
         except BaseException:
             mode.finish(completed=False)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from crp.composites.matching import Matching, SeenOperation
 from crp.composites.places import Places
 from crp.composites.references import _ReferenceCalls
 from crp.composites.selection import MapEntry
-from crp.errors import StateError
+from crp.errors import StateError, UnseenError
 from crp.layers import on_reference
 from crp.layers.nested import changed, tensors_in
 from crp.notices import warn
@@ -311,13 +312,17 @@ class Operations(SeeingMode):
         assert self.seen is not None
         self.seen.append(SeenOperation(layer, call, maker, None, False, why))
 
-    def check_output(self, output: Any) -> None:
-        """Raise an `UnseenError` if the model's output was made by what cannot be seen."""
-        if torch.is_grad_enabled():
-            self._note_reading(list(tensors_in(output)))
-            self.notes.read(
-                tensors_in(output), [], lambda t, changed: self.refuse_unseen("what reads the output", t, changed)
+    def check_output(self, output: Any, is_explained: bool) -> None:
+        """Raise an `UnseenError` if the model's output was made by what cannot be seen, or of an input that was not."""
+        made = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        if made and not is_explained:
+            raise UnseenError(
+                f"{self.method} has seen no input, and what the model puts out depends on one: inputs are tensors that "
+                "require a gradient, alone or in lists, tuples, mappings and dataclasses"
             )
+        if torch.is_grad_enabled() and self.is_needed:
+            self._note_reading(made)
+            self.notes.read(made, [], partial(self.refuse_unseen, "what reads the output"))
 
     def record(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the model on a reference, and keep the operations that have a rule.

@@ -364,8 +364,8 @@ class SeeingMode(TorchFunctionMode):
         for tensor in tensors_in(result):
             if tensor.requires_grad and not _has_derivative(tensor, op.inputs):
                 raise NotImplementedError(
-                    f"{call_in_words(op.known.name, self.innermost())} is registered with torch without a derivative, "
-                    "so that nothing is sent back through it; register one, as by torch.library.register_autograd"
+                    f"{call_in_words(op.known.name, self.innermost())} is registered with torch without a derivative: "
+                    "nothing is sent back through it; register one, as by torch.library.register_autograd"
                 )
 
     def innermost(self) -> str:

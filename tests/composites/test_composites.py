@@ -5,6 +5,7 @@ import json
 import pickle
 from collections import OrderedDict, UserDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from crp.attribution import CondAttribution
 from crp.attributors.explaining import find_method
 from crp.canonizers import MergeBatchNorm
 from crp.composites import Composite, DeepTaylor, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, get, register
+from crp.errors import UnseenError
 from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
 
 #: All presets, each with an argument that is not its default.
@@ -248,6 +250,27 @@ def test_an_input_that_is_held_by_something_gets_relevance(held, read, mlp, vect
     with EpsilonPlus().context(Reading()) as model:
         model(held(inside)).sum().backward()
     assert plain.grad.any() and torch.equal(inside.grad, plain.grad)
+
+
+@pytest.mark.parametrize("composite", [EpsilonPlus(), get("guided_backprop"), get("gradient_x_input")], ids=repr)
+@pytest.mark.parametrize("held", [lambda x: SimpleNamespace(data=x), lambda x: {x}], ids=["object", "set"])
+def test_an_input_that_is_not_found_is_refused(held, composite, mlp, vectors):
+    """No rule would act on it, and its gradient would go by the method's name."""
+
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp
+
+        def forward(self, value):
+            return self.net(value.data if isinstance(value, SimpleNamespace) else next(iter(value)))
+
+    with composite.context(Reading()) as model:
+        with pytest.raises(UnseenError, match="has seen no input, and what the model puts out depends on one"):
+            model(held(vectors.clone().requires_grad_()))
+        assert not model(held(vectors)).requires_grad
+    with get("gradient").context(Reading()) as model:
+        assert model(held(vectors.clone().requires_grad_())).requires_grad
 
 
 def test_a_composite_on_what_another_one_s_model_calls_is_refused_also_where_no_module_holds_it(mlp, vectors):

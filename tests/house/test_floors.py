@@ -54,7 +54,7 @@ BUDGETS = {
     "compat": 943,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3934,
+    "composites": 3940,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2029,
