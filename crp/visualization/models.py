@@ -78,12 +78,10 @@ class Loaded:
             with torch.no_grad(), telling_misfits(self.model, [data], {0: data}):
                 return self.model(data)
         except Exception as error:  # (of any kind, as a model may raise any)
-            where = f"{type(self.model).__name__} cannot take samples of shape {tuple(data.shape)}: "
+            told = f"{type(self.model).__name__} cannot take samples of shape {tuple(data.shape)}: {_in_a_line(error)}"
             hint = "texts are given by --text, or by --data and --tokenizer"
-            raise LoadingError(
-                f"{'' if isinstance(error, InputError) else where}{_in_a_line(error)}; "
-                f"{hint if self.reads_tokens else '--size says how large pictures are'}"
-            ) from error
+            hint = hint if self.reads_tokens else "--size says how large pictures are"
+            raise LoadingError(f"{error if isinstance(error, InputError) else told}; {hint}") from error
 
     def scores(self, data: Tensor) -> Tensor:
         """Score of every class for each sample, of shape (samples, classes).
@@ -329,8 +327,7 @@ def imported(place: str) -> Any:
         raise LoadingError(f"{place}: the module {module_name} cannot be imported: {why}") from error
     finally:
         sys.path.remove("")
-    found = getattr(module, name, None)
-    if found is None:
+    if (found := getattr(module, name, None)) is None:
         raise LoadingError(f"{place}: {module_name} has no {name!r}{nearest(name, dir(module))}")
     return found
 
