@@ -169,6 +169,8 @@ def squashed(program: Program) -> list[bool | None]:
         rule = step.operation.rule
         if step.name in ("reciprocal", "quotient") and any(made[i] is not False for i in step.reads):
             known.append(None)
+        elif step.name in ("complement", "shift") and made[step.reads[0]] and not read[0]:
+            known.append(None)  # (such as one less tanh, which is a gate)
         elif rule == "squash" or (step.name in BETWEEN and all(read)):
             known.append(True)
         elif rule in ("dense", "convolution", "batch_norm", "norm") or not any(r is not False for r in read):
