@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from crp.layers.interrupts import atomic
@@ -129,6 +130,8 @@ class Notes:
         self._notes: dict[int, Note] = {}
         #: Last seen change in place, by base, which may be gone: itself, its version, flags.
         self._writes: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+        #: Views by their base, and by which of its entries they have: the same view may be taken more than once.
+        self._views: dict[Any, tuple[weakref.ref[Tensor], Note]] = {}
         self._inputs: list[Any] = []  # nodes and leaves of the model's inputs in autograd's graph
         self.tolerant, self.has_parts, self.has_logarithms, self.has_choices = 0, False, False, False
 
@@ -143,7 +146,16 @@ class Notes:
         """Note what an operation made: a tensor, or several."""
         if isinstance(value, Tensor):
             if value.requires_grad:
-                self._notes[id(value)] = Note(value, flags, copied, None, below, call)
+                note = self._notes[id(value)] = Note(value, flags, copied, None, below, call)
+                base, is_plain = value._base, below is None and not (value.is_nested or value.is_complex())
+                if base is not None and is_plain and value.layout == torch.strided and not value.is_neg():
+                    place = id(base), value.dtype, value.storage_offset(), value.shape, value.stride()
+                    of_base, same = self._views.get(place, (None, note))
+                    if of_base is None or of_base() is not base or same.version != value._version:
+                        self._views[place] = weakref.ref(base), note
+                    else:
+                        same.tensor = same.tensor if same.tensor() is not None else note.tensor
+                        note.below, note.call = same, (torch.clone, (same,), {})
         elif isinstance(value, tuple | list):
             for item in value:
                 self.add(item, flags)
@@ -325,6 +337,7 @@ class Notes:
         """Forget everything."""
         self._notes.clear()
         self._writes.clear()
+        self._views.clear()
         self._inputs.clear()
         self.tolerant, self.has_parts, self.has_logarithms, self.has_choices = 0, False, False, False
 

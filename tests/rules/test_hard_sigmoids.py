@@ -234,6 +234,44 @@ def test_an_activation_of_exponentials_is_the_same_however_it_is_written(below, 
     assert_closes(spelled, DATA, kind())
 
 
+#: Functions of a part of a tensor, and the same where it is taken again for each call; a beginning may take it, too.
+PARTS = {
+    "hardtanh": (F.hardtanh, lambda half: ((half() + 1).abs() - (half() - 1).abs()) / 2),
+    "softshrink": (F.softshrink, lambda half: F.relu(half() - 0.5) - F.relu(-half() - 0.5)),
+    "silu": (F.silu, lambda half: half() * half().sigmoid()),
+    "tanh": (torch.tanh, lambda half: (half().exp() - (-half()).exp()) / (half().exp() + (-half()).exp())),
+    "one_more_elu": (one_more_elu, lambda half: torch.where(half() > 0, half() + 1, half().exp())),
+}
+
+
+@pytest.mark.parametrize("kind", [composites.EpsilonPlus, composites.AttnLRP])
+@pytest.mark.parametrize("take", [lambda a: a[:, :3], lambda a: a.chunk(2, 1)[0], lambda a: a.view(-1, 2, 3)[:, 0]])
+@pytest.mark.parametrize("name", PARTS)
+def test_the_same_part_of_a_tensor_may_be_taken_again(name, take, kind):
+    plain, spelled = PARTS[name]
+
+    def net(function):
+        return seeded(Net(lambda a: torch.cat([function(a), a[:, 3:] * function(a)], 1)))
+
+    model = net(lambda a: spelled(lambda: take(a)))
+    assert_same_map(model, net(lambda a: plain(take(a))), DATA, kind())
+    assert_closes(model, DATA, kind())
+
+
+def test_a_part_that_was_overwritten_is_another():
+    """Both together are no soft shrinkage, which would be a gate."""
+
+    def function(a):
+        h, signal = a.clone(), a[:, 3:]
+        above = F.relu(h[:, :3] - 0.5)
+        h.mul_(0.1)
+        return (above - F.relu(-h[:, :3] - 0.5)) * signal
+
+    a, r = 10 * numbers(4, 6), numbers(4, 3, seed=1)
+    (found,), _ = explain(function, [a], r, lrp("split"))
+    torch.testing.assert_close(found[:, 3:], torch.where(function(a) == 0, 0, r / 2), rtol=1e-9, atol=1e-12)
+
+
 def test_what_a_named_layer_copies_inside_of_an_activation_is_refused_through_other_copies_too():
     net = nn.Sequential(nn.Linear(6, 6), Plus(), nn.Identity(), nn.ReLU6(), nn.Linear(6, 3))
     net[2].forward = torch.clone
