@@ -122,9 +122,8 @@ class _Calls(TorchDispatchMode):
             self._fixed |= made.keys()
         else:
             self._fixed -= made.keys() | {_place(tensor) for tensor in tensors_in(written)}
-        if (
-            written or result is None or any(True for _ in tensors_in(result))
-        ):  # (others tell of forms, which are the same at each call)
+        # (others tell of forms, which are the same at each call)
+        if written or result is None or next(tensors_in(result), None) is not None:
             self._calls.append(KernelCall(func, taken, named, tree_map(self._new_value, result)))
         return result
 

@@ -60,7 +60,7 @@ BUDGETS = {
     "concepts": 2029,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6312,
+    "engine": 6311,
     "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1610,
