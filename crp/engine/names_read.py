@@ -68,12 +68,13 @@ class NamesRead:
 
     def __exit__(self, kind: object, *_: object) -> None:
         sys.setprofile(None)
+        before, self._random = self._random, []  # (which hold tensors)
         if self._collects:
             gc.enable()
         unknown = [name for key, name in self._called.items() if key not in {*self._functions, *self._state.functions}]
         if unknown:
             self._why = f"{unknown[0]} takes something from around it"
-        elif not all(map(np.array_equal, random_numbers(), self._random)):
+        elif not all(map(np.array_equal, random_numbers(), before)):
             self._why = "random numbers were drawn"
         elif not self.are_same():
             self._why = "a name stands for something else than when it was read, or for what cannot be looked at"
