@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from crp.checks import check_choice, check_number
-from crp.errors import InputError
+from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.ranking import list_targets, once_per_sample
 from crp.visualization.table.store import Table
-from crp.wording import first_few
+from crp.wording import first_few, shortened
 
 
 class Concepts(NamedTuple):
@@ -97,6 +97,12 @@ class RowSelection(NamedTuple):
         return values, np.concatenate([block.sample for block in blocks])
 
 
+def _blocks(rows: object, table: Table | str | Path, concepts: int | Sequence[int] | None = None) -> Iterator[Block]:
+    if not isinstance(rows, RowSelection):
+        raise InputTypeError(f"rows must be a RowSelection, such as RowSelection('conv'), not {shortened(rows)}")
+    return rows.blocks(table, concepts)
+
+
 def top_concepts(table: Table | str | Path, rows: RowSelection, k: int = 10) -> Concepts:
     """Concepts with the largest mean value over some rows, such as those of a class or of a sample.
 
@@ -115,7 +121,7 @@ def top_concepts(table: Table | str | Path, rows: RowSelection, k: int = 10) -> 
     check_number("k", k, 1, whole=True)
     total: Any = 0.0
     n = 0
-    for block in rows.blocks(table):
+    for block in _blocks(rows, table):
         total = total + block.value.sum(axis=0, dtype=np.float64)
         n += len(block.value)
     mean = total / n
@@ -145,12 +151,12 @@ def histogram(
     check_flags(density=density)
     if not isinstance(bins, Sequence | np.ndarray):
         check_number("bins", bins, 1, whole=True)
-        ends = [(block.value.min(), block.value.max()) for block in rows.blocks(table, [concept])]
+        ends = [(block.value.min(), block.value.max()) for block in _blocks(rows, table, [concept])]
         extent = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
         edges = np.histogram_bin_edges(np.array(extent), bins)
     else:
         edges = np.asarray(bins, np.float64)
-    count = sum(np.histogram(block.value, edges)[0] for block in rows.blocks(table, [concept]))
+    count = sum(np.histogram(block.value, edges)[0] for block in _blocks(rows, table, [concept]))
     if not density:
         return Histogram(np.asarray(count, np.int64), edges)
     if not np.any(count):
@@ -176,7 +182,7 @@ def similarity(
         Symmetric; 0 for a concept that never varies from zero (from its mean).
     """
     check_choice("kind", kind, Literal["cosine", "correlation"])
-    values = (block.value.astype(np.float64) for block in rows.blocks(table))
+    values = (block.value.astype(np.float64) for block in _blocks(rows, table))
     return cosines(((value, value) for value in values), kind == "correlation")
 
 
@@ -231,7 +237,7 @@ def co_occurrence(table: Table | str | Path, rows: RowSelection, k: int = 10) ->
     """
     check_number("k", k, 1, whole=True)
     counts: Any = 0
-    for block in rows.blocks(table):
+    for block in _blocks(rows, table):
         best = np.argsort(-block.value, axis=1, kind="stable")[:, :k]
         among = np.zeros(block.value.shape, np.float64)
         np.put_along_axis(among, best, 1.0, axis=1)
@@ -244,8 +250,9 @@ def frames(table: Table | str | Path, rows: RowSelection, concepts: int | Sequen
     import pandas
 
     table = Table.open(table)
+    blocks = _blocks(rows, table, concepts)
     ids = table.concept_ids(rows.layer, range(table.n_concepts(rows.layer)) if concepts is None else concepts)
-    for block in rows.blocks(table, concepts):
+    for block in blocks:
         head = pandas.DataFrame({"sample": block.sample, "target": block.target})
         yield head.join(pandas.DataFrame(block.value, columns=[str(i) for i in ids]))
 

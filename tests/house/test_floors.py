@@ -60,7 +60,7 @@ BUDGETS = {
     "concepts": 2029,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6311,
+    "engine": 6312,
     "image": 1489,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1610,
@@ -73,7 +73,7 @@ BUDGETS = {
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
-    "visualization": 4842,
+    "visualization": 4849,
     "visualization.mining": 4272,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)

@@ -159,6 +159,10 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         similarity(table, RowSelection("a"), "dot")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must end in \.csv or \.parquet"):
         write_frame(table, RowSelection("a"), tmp_path / "x.txt")
+    rows: Any = "a"
+    for ask in (top_concepts, similarity, co_occurrence, lambda *given: histogram(*given, 1)):
+        with pytest.raises(TypeError, match=r"rows must be a RowSelection, such as RowSelection\('conv'\), not 'a'"):
+            ask(table, rows)
 
 
 def test_a_file_stays_where_there_is_nothing_to_write(tmp_path: Path) -> None:
