@@ -110,6 +110,8 @@ def _set_layer(loaded: Loaded, asking: Asking, given: dict[str, Any], family: st
     if len(concepts) != 1:
         raise CommandError(f"--layer {asking.layer} names {len(concepts)} layers; name one")
     (name,) = concepts
+    if not asking.concepts and ":" in asking.layer:
+        raise CommandError(f"--layer {asking.layer} names concepts, of which none is explained; give --concept, too")
     if asking.concepts:
         given |= through_concepts(concepts, {name: list(asking.concepts)})
     if not asking.concepts or family == "cam":

@@ -249,6 +249,8 @@ def test_heads_classes_and_figures(here: Path) -> None:
     assert torch.equal(parts[3], parts[1])  # (-1 is the last)
     with Image.open("a.png") as figure:
         assert figure.width > 500
+    result = crp(*EXPLAIN, *layer, "--out", "a.png")
+    assert result.exit_code == 1 and "heads=2 names concepts, of which none is explained; give --con" in result.output
     classes = ["attribute", "--model", "reading:reader", "--tokenizer", "reading:letters", "--method", "cp_lrp"]
     result = crp(*classes, "--text", "abc", "--target", "2", "--out", "b.svg")
     assert result.exit_code == 0 and "class 2 (" in result.output, result.output

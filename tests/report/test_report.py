@@ -562,10 +562,11 @@ def test_a_report_needs_no_composite(fv, tmp_path):
         ({"layers": ["third"]}, KeyError, "'third' not found in the table"),
         ({"layers": []}, ValueError, "layers must name at least one layer"),
         ({"class_names": {0: "a"}}, ValueError, r"has 1 name, and none for the classes \[1, 2\]"),
+        ({"class_names": "abc"}, TypeError, "class_names must be a list of names, or a dict {class: name}, not 'abc'"),
         ({"class_names": ["a"]}, ValueError, "class_names has 1 name, and the model 3 outputs; a dict {class: name}"),
         ({"class_names": ["background", *NAMES]}, ValueError, "class_names has 4 names, and the model 3 outputs"),
     ],
-    ids=["references", "mean", "class", "layer", "no layer", "no name", "few names", "many names"],
+    ids=["references", "mean", "class", "layer", "no layer", "no name", "a word", "few names", "many names"],
 )
 def test_options_are_checked(fv, tmp_path, options, error, match):
     with pytest.raises(error, match=match):

@@ -250,6 +250,8 @@ def _names(
     """What classes are called; by the table's recipe where that is not said, and by numbers."""
     if class_names is None:
         return {target: str(target) for target in targets} | dict(enumerate(table.header.class_names))
+    if isinstance(class_names, str):
+        raise InputTypeError(f"class_names must be a list of names, or a dict {{class: name}}, not {class_names!r}")
     n_outputs = fv._count_outputs(int(table.rows().sample[0]))
     known = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
     if known is not class_names and n_outputs not in (None, len(known)):
