@@ -147,8 +147,9 @@ class Notes:
         if isinstance(value, Tensor):
             if value.requires_grad:
                 note = self._notes[id(value)] = Note(value, flags, copied, None, below, call)
-                base, is_plain = value._base, below is None and not (value.is_nested or value.is_complex())
-                if base is not None and is_plain and value.layout == torch.strided and not value.is_neg():
+                base = value._base
+                is_plain = base is not None and value.layout == torch.strided and not value.is_nested
+                if base is not None and is_plain and below is None and not (value.is_complex() or value.is_neg()):
                     place = id(base), value.dtype, value.storage_offset(), value.shape, value.stride()
                     of_base, same = self._views.get(place, (None, note))
                     if of_base is None or of_base() is not base or same.version != value._version:
