@@ -12,7 +12,6 @@ those that are made of one tensor, entry by entry, come first, so that an activa
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 import weakref
@@ -186,7 +185,10 @@ def _multiplied(one: _Factor, other: _Factor, beside: list[_Factor]) -> Tensor:
     if one.value is other.value and one.divides != other.divides:
         first = first.detach()  # (it is 1, whatever it is made of)
     begin, *factors = sorted((_Factor(first, one.divides), *beside), key=_divides)
-    return functools.reduce(lambda product, factor: _BY[factor.divides](product, factor.value), factors, begin.value)
+    product: Tensor = begin.value
+    for factor in factors:
+        product = _BY[factor.divides](product, factor.value)
+    return product
 
 
 def _is_special(tensor: Tensor) -> bool:
