@@ -39,7 +39,7 @@ _OF_NUMBERS = Born.SQUASHED | Born.EXPONENTIAL | Born.GATING
 _OF_EXPONENTIALS = frozenset(("div", "exp", "exp2", "pow", "rdiv", "reciprocal", "rpow"))
 #: Functions that such a function may begin with: in these, a variable of the model still holds what they read.
 _HELD = _CONDITIONS | {"abs", "heaviside", "neg", "sgn", "sign"}
-BEGINNING = _SUMS | _HELD | _STACKING | {"clamp", "hardsigmoid", "hardtanh", "pad", "softplus"}
+BEGINNING = _SUMS | _HELD | _STACKING | {"clamp", "exp", "hardsigmoid", "hardtanh", "pad", "softplus"}
 #: How many tensors are remembered that a function may be one of.
 _MOST = 6
 
