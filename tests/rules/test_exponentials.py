@@ -472,5 +472,5 @@ def of_an_exponent(q, k, v):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attend", [of_a_copy, of_an_exponent])
 def test_a_softmax_of_what_was_overwritten_since_is_refused(attend, kind):
-    with pytest.raises(InputError, match="a softmax that is written out, and something .* was overwritten"):
+    with pytest.raises(InputError, match=r"a softmax that is written out, and something .* was overwritten"):
         CondAttribution(net(attend))(DATA, [{"y": 1}], kind())

@@ -46,6 +46,7 @@ GATES = {
     "expand_as": lambda z, x: z.sigmoid().expand_as(x),
     "view_as": lambda z, x: z.sigmoid().flatten(1).view_as(x),
     "reshape_as": lambda z, x: z.sigmoid().flatten(1).reshape_as(x),
+    "summed up": lambda z, x: sum([z.sigmoid().flatten(1)]).view_as(x),
     "type_as": lambda z, x: z.sigmoid().type_as(x),
 }
 
