@@ -17,7 +17,7 @@ from crp.engine.backward import MakeMasks, _input_name, _send_rows_back, send_ba
 from crp.engine.basic_hooks import _batched_hooks
 from crp.engine.conditions import Rows, check_conditions
 from crp.engine.door import check_device, check_result
-from crp.engine.encoding import Encoding, propagation_of
+from crp.engine.encoding import propagation_of, read, starts_from_one, write
 from crp.engine.forward import SINK, ForwardPass
 from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
@@ -121,7 +121,7 @@ class Call:
         inputs = inputs.to(device)
         if channels_last:
             is_plain = not (rows.layers(settings.output_name) or overrides.are_any)
-            settings = replace(settings, channels_last=is_plain and Encoding.of(composite).multiplier)
+            settings = replace(settings, channels_last=is_plain and propagation_of(composite).encoding == "multiplier")
         call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
         for layer in call.conditioned:
             call._masks({}, layer)
@@ -180,11 +180,12 @@ class Call:
         TypeError
             If the composite keeps no account.
         """
-        accounting = propagation_of(self.composite).accounting()
+        asked = propagation_of(self.composite)
+        accounting = asked.accounting()
         if accounting is None or self._members() != [self.composite]:
             what = "only a composite of crp.composites accounts for what layers keep"
             raise InputTypeError(f"{what}, not {self.composite!r}")
-        if Encoding.of(self.composite).as_multiplier:
+        if asked.readout == "multiplier":
             what = "gives multipliers, of which layers keep nothing; it has no relevance"
             raise InputTypeError(f"{self.composite!r} {what}")
         initials, inputs, kept, look = [], [], [], FirstLook(self.model)
@@ -198,7 +199,7 @@ class Call:
             for rows in self.rows.one_by_one(in_flow):
                 passed = of_all or self._forward(model, rows, self.composite, account)
                 _, start, arrived = self._send_back(passed, rows, last=of_all is None)
-                initial = _sum_of_rows(passed.encoding.read(start.rows(), passed.value(self.settings.start, rows)))
+                initial = _sum_of_rows(read(asked, start.rows(), passed.value(self.settings.start, rows)))
                 initials.append(initial)
                 relevances = [arrived[_input_name(number)] for number in range(len(passed.inputs.explained))]
                 inputs.append(torch.stack([_sum_of_rows(r).to(initial) for r in relevances]).sum(0))
@@ -228,7 +229,7 @@ class Call:
         passed: ForwardPass | None = None
         call: Call | None = None
         # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
-        keeps = Encoding.of(composite).multiplier or composite is None
+        keeps = composite is None or propagation_of(composite).encoding == "multiplier"
         chunks, tell = self._chunks(), cache(warn)  # (of all parts, each warning is told once)
         for number, rows in enumerate(chunks):
             last = number == len(chunks) - 1 or not keeps
@@ -306,7 +307,7 @@ class Call:
     def _masks(self, rows: Mapping[int, Condition], layer: str, n_entries: int = 1) -> list[MaskFn]:
         """Mask functions of a layer, as the conditions of rows say."""
         is_gradient = self.composite is None and not _rules_by_hand(self.model)
-        multiplies = is_gradient or Encoding.of(self.composite).multiplier
+        multiplies = is_gradient or propagation_of(self.composite).encoding == "multiplier"
         return row_masks(rows, layer, self.settings.mask_map, multiplies, n_entries)
 
     def _samples(self, rows: Rows) -> tuple[int, ...]:
@@ -359,22 +360,22 @@ class Call:
 
     def _start_of_rows(self, prediction: Tensor, passed: ForwardPass, rows: Rows) -> Tensor:
         """The same of each row, (rows, *root shape); of the prediction, only its form counts."""
-        settings, encoding, overridden = self.settings, passed.encoding, self.overrides.relevance_init
+        settings, asked, overridden = self.settings, passed.propagation, self.overrides.relevance_init
         targets = rows.targets(settings.output_name) if settings.start is None else None
         check_targets_exist(targets, prediction, settings.output_name, rows.places)
         if passed.inputs.embedded:
             warn_of_positions(targets, prediction, passed.inputs)
         lengths = (len(self.rows), self.batch_size or len(self.rows))
         initial = init_of_rows(settings.init_rel, rows.places, prediction, lengths)
-        if initial is None and encoding.starts_from_one and overridden is None:
+        if initial is None and starts_from_one(asked) and overridden is None:
             one = torch.ones_like(prediction) if targets is None else prediction.new_ones(()).expand(prediction.shape)
             return initial_relevance(one, targets, None)
-        if initial is None and encoding.from_one:
+        if initial is None and asked.initial == "one":
             initial = 1.0
         value = passed.value(settings.start, rows)
         start = (overridden or initial_relevance)(value.clone(), targets, initial)
         check_start(start, prediction)
-        return encoding.write(start.detach().to(prediction), value)
+        return write(asked, start.detach().to(prediction), value)
 
     def _results(self, passed: ForwardPass, rows: Rows, last: bool) -> Part:
         """Results of some rows, and the relevance of each input that is explained, (rows, *input shape)."""

@@ -16,7 +16,7 @@ from zennit.core import Composite
 from crp.engine.attached import is_on
 from crp.engine.call import Call
 from crp.engine.conditions import Grid, Rows
-from crp.engine.encoding import Encoding, Propagation
+from crp.engine.encoding import Propagation, is_product, propagation_of, starts_from_one
 from crp.engine.inputs import Inputs
 from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import is_traced, is_watched, reads_of
@@ -119,7 +119,7 @@ class Replayed:
             tensors = self.replays.run(asked, data.device, prepare, inputs, only)
         if tensors is None:
             return None
-        part = _restored(tensors, Encoding.of(composite), settings.multipliers)
+        part = _restored(tensors, propagation_of(composite), settings.multipliers)
         if not _shapes_of(part[0]).items() <= shapes.items():  # (the model has other outputs now)
             self._shapes.pop(key, None)
         return part
@@ -144,7 +144,7 @@ def _is_replayable(call: Call, composite: Composite) -> bool:
     Initial relevance is 1 at the targets, no method is overridden, no reference is chosen for each sample, and no mode
     of torch is on. Hooks of others are looked for later.
     """
-    if not isinstance(composite, Propagation) or not Encoding.of(composite).starts_from_one:
+    if not isinstance(composite, Propagation) or not starts_from_one(composite):
         return False
     kind, settings = type(composite), call.settings
     per_sample = kind.expect is not Propagation.expect or kind.members_for is not Propagation.members_for
@@ -207,7 +207,7 @@ def _flattened(results: AttributionResults, relevances: list[Tensor]) -> dict[st
     return found | {f"input {number}": tensor for number, tensor in enumerate(relevances)}
 
 
-def _restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
+def _restored(tensors: dict[str, Tensor], asked: Propagation, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
     """Results of rows from what `_flattened` made of them."""
     names = ("activations", "relevances", "multipliers", "counted", "input")
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
@@ -220,9 +220,9 @@ def _restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tu
         groups["activations"],
         groups["relevances"],
         tensors["prediction"],
-        encoding=encoding.name,
+        encoding=asked.encoding,
         multipliers=groups["multipliers"] if keeps else None,
-        counted=groups["activations"] | groups["counted"] if keeps and not encoding.as_multiplier else None,
+        counted=groups["activations"] | groups["counted"] if keeps and is_product(asked) else None,
         reading=tensors.get(_READING),
     )
     return results, list(groups["input"].values())
