@@ -23,7 +23,7 @@ from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.masks import Given, _check_channels, mask_factory, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
-from crp.engine.model_state import Parts, changed_parts, parts_by_name
+from crp.engine.model_state import Parts
 from crp.engine.results import Part, _results_of, average, in_order
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
@@ -152,11 +152,11 @@ class Call:
         chunks = self._chunks()
         for number in range(len(chunks)):
             # (a composite that was put on by hand, and is taken off now, may have merged weights)
-            is_same = known and by_hand == is_on(self.composite, self.model)
-            if is_same and changed_parts(known, parts_by_name(self.model)):
+            is_same = number > 0 and by_hand == is_on(self.composite, self.model)
+            if is_same and known.changed(self.model):
                 # (another thread may have swapped weights for a while, and gives them back with its turn)
                 with put_on(None, self.model):
-                    changed = changed_parts(known, parts_by_name(self.model))
+                    changed = known.changed(self.model)
                 if changed:
                     raise InputError(
                         f"{first_few([repr(name) for name in changed], 5)} of the model changed between parts, which "
@@ -169,7 +169,8 @@ class Call:
                 look.check(self.inputs, map(self._samples, chunks), self.overrides.select)
             if number < len(chunks) - 1:
                 with TURNS.taken(parts_of(self.model)):  # (in its turn, another thread may have swapped weights)
-                    known, by_hand = parts_by_name(self.model), is_on(self.composite, self.model)
+                    known.note(self.model)
+                    by_hand = is_on(self.composite, self.model)
             yield part.pop()
 
     def absorbed(self) -> AbsorbedRelevance:
