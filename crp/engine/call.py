@@ -23,7 +23,7 @@ from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.masks import Given, _check_channels, mask_factory, row_masks
 from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
-from crp.engine.model_state import Parts
+from crp.engine.model_state import Parts, is_watched
 from crp.engine.results import Part, _results_of, average, in_order
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
@@ -39,6 +39,7 @@ from crp.engine.targets import (
 )
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
+from crp.layers import modules_of
 from crp.notices import warn
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFactory, MaskFn, Sinks
 from crp.wording import first_few
@@ -98,10 +99,11 @@ class Call:
             check_device(settings.on_device, "on_device")
         if overrides.relevance_init is None:
             _check_initial(settings.init_rel)
-        composite = composite_on(model, composite)
+        modules = modules_of(model)
+        composite = composite_on(model, composite, modules)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise InputTypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
-        if _is_layer(model, settings.output_name):
+        if settings.output_name in modules:
             raise InputError(
                 f"the model has a layer called {settings.output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
@@ -119,9 +121,9 @@ class Call:
                 raise InputError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
             rows = Rows.of(range(len(inputs)), conditions)
         inputs = inputs.to(device)
-        if channels_last:
-            is_plain = not (rows.layers(settings.output_name) or overrides.are_any)
-            settings = replace(settings, channels_last=is_plain and propagation_of(composite).encoding == "multiplier")
+        is_plain = not (rows.layers(settings.output_name) or overrides.are_any)
+        if channels_last and is_plain and propagation_of(composite).encoding == "multiplier":
+            settings = replace(settings, channels_last=True) if is_faster_channels_last(model, inputs) else settings
         call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
         for layer in call.conditioned:
             call._masks({}, layer)
@@ -260,11 +262,10 @@ class Call:
             yield part.pop()
 
     def laid_out(self) -> Call:
-        """The same, with the channels last in memory only where that is faster, too."""
-        settings = self.settings
-        if not settings.channels_last or is_faster_channels_last(self.model, self.inputs):
+        """The same in the usual layout of memory, where others watch the model run, whose hooks know that one."""
+        if not self.settings.channels_last or not is_watched(self.model):
             return self
-        return replace(self, settings=replace(settings, channels_last=False))
+        return replace(self, settings=replace(self.settings, channels_last=False))
 
     def at_once(self, composite: Composite | None) -> Part | None:
         """Results of all rows by one forward pass; None where entries of samples cannot be told apart."""
@@ -390,11 +391,3 @@ class Call:
 def _sum_of_rows(values: Tensor) -> Tensor:
     """(rows, ...) to (rows,)."""
     return values.reshape(len(values), -1).sum(1)
-
-
-def _is_layer(model: nn.Module, name: str) -> bool:
-    """Whether a model has a layer of this name."""
-    try:
-        return model.get_submodule(name) is not model
-    except AttributeError:
-        return False

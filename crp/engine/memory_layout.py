@@ -18,7 +18,6 @@ from crp.engine.backward import lacks_memory
 from crp.engine.forward import ForwardPass
 from crp.engine.independence import _tolerance
 from crp.engine.inputs import Inputs
-from crp.engine.model_state import is_watched
 from crp.layers import modules_of
 
 #: Share of depthwise ones among a model's convolutions that decides: MobileNet has 0.33, EfficientNet 0.2.
@@ -30,10 +29,7 @@ _same: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, bool]] = weakref.We
 
 
 def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether to try a model's forward pass with the channels last; the answer does not depend on any clock.
-
-    Not where others watch the model run, as their hooks would see another layout than the one that they know.
-    """
+    """Whether to try a model's forward pass with the channels last; the answer does not depend on any clock."""
     data = inputs.data
     if not isinstance(data, Tensor) or data.dim() != 4:
         return False
@@ -47,7 +43,7 @@ def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
         n_depthwise = sum(1 < module.groups == module.in_channels for module in convolutions)
         _shares[model] = n_depthwise / len(convolutions) if convolutions else None
     share = _shares[model]
-    return share is not None and (share >= _DEPTHWISE) == (data.device.type == "cpu") and not is_watched(model)
+    return share is not None and (share >= _DEPTHWISE) == (data.device.type == "cpu")
 
 
 def _multiplies_matrices(data: Tensor) -> bool:
