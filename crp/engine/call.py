@@ -22,7 +22,7 @@ from crp.engine.forward import SINK, ForwardPass
 from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.masks import Given, _check_channels, mask_factory, row_masks
-from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
+from crp.engine.memory_layout import is_faster_channels_last, is_same_channels_last, run_channels_last
 from crp.engine.model_state import Parts, is_watched
 from crp.engine.results import Part, _results_of, average, in_order
 from crp.engine.settings import Overrides, Settings
@@ -262,10 +262,11 @@ class Call:
             yield part.pop()
 
     def laid_out(self) -> Call:
-        """The same in the usual layout of memory, where others watch the model run, whose hooks know that one."""
-        if not self.settings.channels_last or not is_watched(self.model):
+        """The same in the usual layout of memory, where the model needs that, or others watch it run, who know that."""
+        model, settings = self.model, self.settings
+        if not settings.channels_last or (not is_watched(model) and is_same_channels_last(model, self.inputs)):
             return self
-        return replace(self, settings=replace(self.settings, channels_last=False))
+        return replace(self, settings=replace(settings, channels_last=False))
 
     def at_once(self, composite: Composite | None) -> Part | None:
         """Results of all rows by one forward pass; None where entries of samples cannot be told apart."""
