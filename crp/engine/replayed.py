@@ -71,7 +71,8 @@ class Replayed:
         alike = Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions])
         # (a weak reference equals no other composite's, also where one has the id of one that is gone)
         structure = tuple(columns), tuple(rows.layers(name)), tuple(settings.record)
-        key = (weakref.ref(composite), structure, _form_of(chosen), settings.multipliers, settings.channels_last)
+        layout = settings.multipliers, settings.channels_last, settings.as_computed
+        key = (weakref.ref(composite), structure, _form_of(chosen), *layout)
         usual = replace(call, rows=rows, batch_size=None, shortcut=None)
         if (shapes := self._shapes.get(key)) is None:
             return self._learn(key, usual.laid_out(), composite)
@@ -167,7 +168,8 @@ def _form_of(tensor: Tensor) -> Hashable:
     dtypes = *usual, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     of_cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     attention: Any = (of_cuda.math_sdp_enabled, of_cuda.flash_sdp_enabled, of_cuda.mem_efficient_sdp_enabled)
-    flags = cudnn.allow_tf32, of_cuda.matmul.allow_tf32, cudnn.deterministic, *(enabled() for enabled in attention)
+    exact = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic
+    flags = cudnn.allow_tf32, of_cuda.matmul.allow_tf32, *exact, *(enabled() for enabled in attention)
     return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.stride(), *dtypes, *flags
 
 

@@ -482,6 +482,20 @@ def test_another_kernel_of_attention_is_recorded_anew() -> None:
     assert count(attribution) == 6
 
 
+def test_what_is_asked_of_kernels_is_heard(vgg_bn: nn.Module, images: Tensor) -> None:
+    """A CUDA graph has the kernels that were chosen while recording, also those that are not deterministic."""
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same(attribution, images, [{"y": [0]}], rules)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert count(attribution) == 2
+    assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 3
+
+
 def test_training_mode_is_warned_of_each_time(vgg_bn: nn.Module, images: Tensor) -> None:
     attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
     warmed(attribution, images, rules)
