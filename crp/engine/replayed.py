@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from crp.engine.targets import check_targets_exist, initial_relevance
 from crp.engine.turns import TURNS, parts_of
 from crp.layers import modules_of
 from crp.layers.devices import send_to
+from crp.layers.state import undisturbed
 from crp.types import AttributionResults
 
 #: Structures of which the shapes are remembered.
@@ -111,7 +112,8 @@ class Replayed:
                 return results
 
             reads, saved = reads_of(call.model, composite), _SAVED * len(modules_of(call.model))
-            return Computation(reads, compute, lambda: read(laid_out().at_once(composite)), saved)
+            unnoticed = partial(undisturbed, call.model, later=call.model.parameters())
+            return Computation(reads, compute, lambda: read(laid_out().at_once(composite)), saved, unnoticed)
 
         inputs = {"data": chosen} | _sent(given, chosen)
         only = {"heatmap", "prediction", _READING} if reading is not None else None
