@@ -20,7 +20,7 @@ from crp.checks import check_choice, check_number
 from crp.concepts import Concept
 from crp.engine.attached import composite_on
 from crp.engine.door import check_attribution, check_device
-from crp.engine.encoding import Encoding
+from crp.engine.encoding import is_product, propagation_of
 from crp.engine.independence import check_independent, check_keeps_nothing
 from crp.engine.inputs import Inputs
 from crp.engine.taps import check_layers, in_model_order
@@ -281,9 +281,9 @@ def _check_multipliers(
     attribution: CondAttribution, concepts: Mapping[str, Concept], composite: Composite | None
 ) -> None:
     """Refuse concepts that need multipliers under composites that have none."""
-    encoding = Encoding.of(composite_on(attribution.model, composite))
+    asked = propagation_of(composite_on(attribution.model, composite))
     for layer, concept in concepts.items():
-        if getattr(concept, "needs_multiplier", False) and not encoding.is_product:
+        if getattr(concept, "needs_multiplier", False) and not is_product(asked):
             raise InputTypeError(
                 f"layer_map[{layer!r}]: {concept!r} needs multipliers, whose product with activation is relevance; "
                 f"{composite!r} has none. Use one of crp.composites, such as EpsilonPlus or GradientTimesInput"
