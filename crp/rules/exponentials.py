@@ -20,7 +20,7 @@ from torch import Tensor
 from crp.errors import InputError
 from crp.layers.devices import can_be_read, holds
 from crp.layers.nested import changed, tensors_in
-from crp.rules.entrywise import _Entrywise, _itself
+from crp.rules.entrywise import _Entrywise, _function_in, _itself
 from crp.rules.functions import look_up
 from crp.rules.layer import Layer
 from crp.rules.notes import Notes
@@ -169,7 +169,8 @@ def _exponential(layer: Layer) -> _OfExponentials | None:
         return None
     base = {"exp": math.e, "exp2": 2}.get(layer.name) or next(v for v in operands if v is not x)
     is_base = base.numel() == 1 if isinstance(base, Tensor) else isinstance(base, int | float) and base > 0
-    return _OfExponentials(layer.function, layer.args, layer.kwargs, {}, [x]) if is_base else None
+    made = _OfExponentials(layer.function, layer.args, layer.kwargs, {}, [x], entrywise=_function_in(layer.parts))
+    return made if is_base else None
 
 
 def _softmax(output: Tensor) -> _OfExponentials:

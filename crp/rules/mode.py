@@ -295,6 +295,8 @@ class SeeingMode(TorchFunctionMode):
         below: Note | None,
     ) -> None:
         """Note what is known of an operation's result."""
+        if result is op.inputs[0] and not op.overwrites:  # (handed on as it is, as by `to`, or dropout in evaluation)
+            return
         self.notes.has_logarithms |= bool(flags & Born.LOGARITHM)
         if op.kind == "product":  # (several factors depend on the input: it is not affine)
             flags |= op.flags & FIRST
