@@ -24,6 +24,7 @@ from crp.notices import kind_of, warn
 from crp.outputs import Element as Element
 from crp.outputs import Pixels as Pixels
 from crp.outputs import Position as Position
+from crp.values import check_form
 from crp.wording import shortened
 
 #: What to write where a model has one score for each sample, and no axis of classes.
@@ -128,6 +129,7 @@ def _given_relevance(prediction: Tensor, init_rel: Any) -> Tensor:
         if callable(init_rel):
             raise InputTypeError(f"init_rel is a function that gives {kind_of(given)}, not a tensor or a number")
         raise InputTypeError(f"init_rel must be a tensor, a number or a function, not {_as_kind(given)}")
+    check_form(given, "init_rel")
     if given.is_complex():
         raise InputTypeError(f"init_rel must be real numbers, not {given.dtype}")
     if not torch.isfinite(given).all():
@@ -224,7 +226,10 @@ def _classes_of_rows(targets: Sequence[Any] | None) -> list[int] | None:
 
 
 def _as_array(ids: Any) -> Any:
-    return ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
+    if not isinstance(ids, Tensor):
+        return ids
+    check_form(ids, "what targets are")
+    return ids.detach().cpu().numpy()
 
 
 def _mask_of(pixels: Pixels) -> np.ndarray:

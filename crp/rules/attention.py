@@ -246,6 +246,6 @@ def _held_constant(born: Sequence[int], mode: Attention) -> int:
 
 def check_attention(mode: Attention) -> Attention:
     """Raise a ValueError if ``mode`` is none."""
-    if mode not in ("constant", "split"):
+    if not isinstance(mode, str) or mode not in ("constant", "split"):
         raise InputError(f'attention is held constant ("constant") or takes half ("split"); got {mode!r}')
     return mode

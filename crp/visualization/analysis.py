@@ -15,6 +15,7 @@ import numpy as np
 from crp.checks import check_choice, check_number
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
+from crp.kinds import as_path
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.ranking import list_targets, once_per_sample
 from crp.visualization.table.store import Table
@@ -275,7 +276,7 @@ def write_frame(
     -------
     Path
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.suffix not in (".csv", ".parquet"):
         raise InputError(f"the file must end in .csv or .parquet, not {path.name!r}")
     parts = frames(table, rows, concepts)

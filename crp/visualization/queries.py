@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from zennit.core import Composite
 
+from crp.checks import check_choice
 from crp.compat.accumulators import Maximization, Statistics
 from crp.compat.cached import cache_reference
 from crp.compat.folders import open_answers
@@ -19,6 +20,7 @@ from crp.concepts import Concept
 from crp.errors import InputError
 from crp.flags import check_flags
 from crp.image import vis_img_heatmap, vis_opaque_img
+from crp.kinds import check_kind
 from crp.layers import LayerNotFoundError
 from crp.notices import warn
 from crp.visualization import references as refs
@@ -226,6 +228,7 @@ class ReferenceQueries(SampleAccess):
             raise InputError("precompute_ref needs a cache: FeatureVisualization(..., cache=ImageCache(path))")
         if composite is None:
             raise InputError("precompute_ref needs a composite: without it, there are no heatmaps")
+        check_kind("layer_c_ind", layer_c_ind, Mapping, "a dict of concept ids by layer, such as {'features.40': [0]}")
         for layer, concept_ids in layer_c_ind.items():
             of_all: list[_Asked] = [(concept, None) for concept in refs.concept_list(concept_ids)]
             of_classes: list[_Asked] = []
@@ -371,11 +374,8 @@ class ReferenceQueries(SampleAccess):
         return top, refs.clip(r_range, len(top.sample), f"layer {layer!r}{of_class}")
 
     def _results(self, mode: str, per_class: bool) -> Maximization | Statistics:
-        if mode not in ("relevance", "activation"):
-            raise InputError(f"`mode` must be `relevance` or `activation`, not {mode!r}")
-        if per_class:
-            return self.RelStats if mode == "relevance" else self.ActStats
-        return self.RelMax if mode == "relevance" else self.ActMax
+        check_choice("mode", mode, Literal["relevance", "activation"])
+        return ((self.RelStats, self.ActStats) if per_class else (self.RelMax, self.ActMax))[mode == "activation"]
 
     def _concept(self, layer: str) -> Concept:
         if not isinstance(layer, str) or layer not in self.layer_map:

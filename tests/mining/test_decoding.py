@@ -428,7 +428,7 @@ def test_other_datasets_and_transforms_are_refused(folder: Path, make: Any, mess
 
 
 def test_a_mode_that_is_none_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="mode must be 'RGB' or 'L', not 'CMYK'"):
+    with pytest.raises(ValueError, match="mode must be one of 'RGB', 'L', not 'CMYK'"):
         Decoded(ImageFolder(folder), mode="CMYK")
 
 

@@ -205,6 +205,8 @@ def test_streams_and_splits_are_refused_before_any_work(tmp_path: Path, dataset:
         ("top-2", lambda out: [sorted(row.argsort(descending=True)[:2].tolist()) for row in out]),
         ("all", lambda out: [[0, 1, 2]] * len(out)),
         ([2, 0], lambda out: [[0, 2]] * len(out)),
+        (np.array([2, 0]), lambda out: [[0, 2]] * len(out)),
+        (torch.tensor([2, 0]), lambda out: [[0, 2]] * len(out)),
     ],
 )
 def test_targets_that_are_not_the_labels(tmp_path: Path, targets: Any, chosen: Any) -> None:
@@ -267,10 +269,20 @@ def test_of_equal_outputs_the_smaller_class_is_predicted() -> None:
         choose_targets("prediction", attribution, Asked.of(torch.ones(2, 3, 1), None))
 
 
-@pytest.mark.parametrize("targets", ["top-0", "top", "labels", [], [-1], [1.0], [True], None, 3])
+@pytest.mark.parametrize(
+    "targets", ["top-0", "top", "labels", [], [-1], [1.0], [True], None, 3, np.array([-1]), np.ones(2)]
+)
 def test_targets_that_are_none(tmp_path: Path, targets: Any) -> None:
     with pytest.raises(ValueError, match="targets must be 'label', 'prediction', 'top-5', 'all', or a list"):
         parse_targets(targets)
+
+
+def test_labels_of_two_classes_may_be_of_numpy(tmp_path: Path) -> None:
+    flags = [i % 2 == 0 for i in range(6)]
+    wanted = run(tmp_path / "a", Data(6, flags))
+    found = run(tmp_path / "b", Data(6, [np.bool_(flag) for flag in flags]))
+    same_rows(found, wanted)
+    assert found.samples().label == wanted.samples().label == [1, 0, 1, 0, 1, 0]
 
 
 def test_single_targets_are_for_labels(tmp_path: Path) -> None:

@@ -63,10 +63,10 @@ def test_options_of_a_report(fv, tmp_path, options: dict[str, Any], message: str
 
 
 def test_a_report_is_of_a_feature_visualization_in_a_folder(fv, tmp_path) -> None:
-    for other in (None, "fv", Table.open(fv.path)):
-        with pytest.raises(TypeError, match=f"fv must be a FeatureVisualization, not {type(other).__name__}"):
+    for other, kind in ((None, "None"), ("fv", "a str"), (Table.open(fv.path), "a Table")):
+        with pytest.raises(TypeError, match=f"fv must be a FeatureVisualization, not {kind}"):
             write_report(other, EpsilonPlus(), tmp_path / "out")
-        with pytest.raises(TypeError, match=f"fv must be a FeatureVisualization, not {type(other).__name__}"):
+        with pytest.raises(TypeError, match=f"fv must be a FeatureVisualization, not {kind}"):
             keep_maximized(other, "second")
     for path in (None, 5):
         with pytest.raises(TypeError, match=r"path must be a folder or a file that ends in \.html, not"):

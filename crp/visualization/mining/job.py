@@ -18,7 +18,7 @@ import crp
 from crp.attribution import CondAttribution
 from crp.checks import check_choice, check_number
 from crp.concepts import Concept
-from crp.engine.attached import composite_on
+from crp.engine.attached import check_composite, composite_on
 from crp.engine.door import check_attribution, check_device
 from crp.engine.encoding import is_product, propagation_of
 from crp.engine.independence import check_independent, check_keeps_nothing
@@ -26,6 +26,7 @@ from crp.engine.inputs import Inputs
 from crp.engine.taps import check_layers, in_model_order
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags, check_function
+from crp.kinds import as_path, check_kind
 from crp.notices import kind_of, warn
 from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
@@ -165,7 +166,7 @@ class MiningOptions:
             raise InputTypeError(f"mining has no option {unknown[0]!r}; there are {', '.join(known)}")
         given: dict[str, Any] = {**keywords}
         for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
-            if name in given and (name, given[name]) != ("shard_size", None):
+            if name in given and not (name == "shard_size" and given[name] is None):
                 given[name] = check_number(name, given[name], least, whole=True)
         options = cls(**given)
         switches = ("mixed_shapes", "retry_skipped", "overwrite", "progress")
@@ -173,8 +174,10 @@ class MiningOptions:
         lists = {"modes": (options.modes, MODES), "kinds": (options.kinds, KINDS)}
         for name, (words, known_words) in lists.items():
             is_list = isinstance(words, Collection) and not isinstance(words, str)
-            if not is_list or not words or not all(word in known_words for word in words):
+            if not is_list or not len(words) or not all(word in known_words for word in words):
                 raise InputError(f"{name} must be among {', '.join(map(repr, known_words))}; not {words!r}")
+        for name in ("recipe", "fingerprints"):
+            check_kind(name, getattr(options, name), (Mapping, type(None)), "a dict")
         check_choice("on_error", options.on_error, Literal["stop", "skip"])
         check_choice("storage", options.storage, Storage)
         for name, function in (("preprocess", options.preprocess), ("single_targets", options.single_targets)):
@@ -237,8 +240,7 @@ def prepare(
     dataset = indexed(dataset)
     check_attribution(attribution)
     concepts = _in_order(attribution, layer_map)
-    if composite is not None and not isinstance(composite, Composite):
-        raise InputTypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
+    check_composite(composite)
     checked = MiningOptions.of(options)
     if "relevance" in checked.modes:
         _check_multipliers(attribution, concepts, composite)
@@ -264,7 +266,7 @@ def prepare(
         dataset=files_of(dataset),
         concepts=concepts,
         composite=composite,
-        path=Path(path),
+        path=as_path("path", path),
         header=_header(attribution, dataset, concepts, composite, checked, recipe),
         shape=None if checked.mixed_shapes or texts is not None else tuple(first.shape[1:]),
         dtype=first.dtype,

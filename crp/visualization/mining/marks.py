@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from crp.flags import is_flag
 from crp.visualization.table.fingerprint import fingerprint
 
 #: Sums that the content of a sample is hashed by; a prime, so that rows of a picture do not fall on each other.
@@ -120,7 +121,7 @@ def _entries_as_bytes(data: Tensor) -> _Bytes:
 def plain_label(label: Any) -> int | float | str | list[int] | None:
     """Label as JSON holds it: a class, classes, a number or a word; None for all else."""
     try:
-        return operator.index(label)
+        return int(label) if is_flag(label) else operator.index(label)
     except (TypeError, ValueError, RuntimeError):
         pass
     if isinstance(label, str):

@@ -23,6 +23,7 @@ from zennit.core import Composite
 from crp.attribution import CondAttribution
 from crp.concepts import Concept
 from crp.errors import InputError
+from crp.kinds import as_path
 from crp.notices import warn
 from crp.visualization.mining.batches import mine_ranges
 from crp.visualization.mining.datasets import SampleError as SampleError
@@ -215,7 +216,7 @@ def merge(path: str | Path, *others: str | Path) -> Table:
     TableLockedError
         If a run writes into the folder.
     """
-    path = Path(path)
+    path = as_path("path", path)
     sources = [Table.open(other) for other in others]
     if sources and not Table.exists(path):
         make_folder(path)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from crp.checks import check_number
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
 from crp.layers import LayerNotFoundError
@@ -111,7 +112,7 @@ class Table:
     @staticmethod
     def discard(path: str | Path) -> None:
         """Delete the table in a folder, if there is one, and nothing else."""
-        manifest = Path(path) / "manifest.json"
+        manifest = as_folder(path) / "manifest.json"
         if manifest.is_dir() and not manifest.is_symlink():
             check_file(manifest)
         manifest.unlink(missing_ok=True)
@@ -173,7 +174,7 @@ class Table:
         ValueError
             If the table has no rows yet.
         """
-        if layer not in self.layers:
+        if not isinstance(layer, str) or layer not in self.layers:
             raise LayerNotFoundError(layer, self.layers, where=f"the table in {self.path}")
         for shard in self.shards:
             if layer in shard.concepts:
@@ -200,7 +201,9 @@ class Table:
 
     def coverage(self, start: int = 0, stop: int | None = None) -> Coverage:
         """Which samples of a range were mined, skipped and missed; of the whole dataset by default."""
-        return get_coverage(self.shards, start, self.n_samples if stop is None else stop)
+        start = check_number("start", start, 0, whole=True)
+        stop = check_number("stop", self.n_samples if stop is None else stop, 0, whole=True)
+        return get_coverage(self.shards, start, stop)
 
     def rows(self) -> RowIds:
         """Sample and target of every row, in the order of `blocks`."""
@@ -254,7 +257,7 @@ class Table:
         """
         check_flags(normed=normed)
         for name, given, there in (("mode", mode, self.modes), ("kind", target, self.kinds)):
-            if given not in there:
+            if not isinstance(given, str) or given not in there:
                 raise InputError(f"{name} {given!r} was not mined into {self.path}, which has {', '.join(there)}")
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
