@@ -156,6 +156,8 @@ def histogram(
         edges = np.histogram_bin_edges(np.array(extent), bins)
     else:
         edges = np.asarray(bins, np.float64)
+        if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
+            raise InputError(f"bins must be a number, or edges in ascending order, not {shortened(bins)}")
     count = sum(np.histogram(block.value, edges)[0] for block in _blocks(rows, table, [concept]))
     if not density:
         return Histogram(np.asarray(count, np.int64), edges)

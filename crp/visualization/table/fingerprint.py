@@ -72,8 +72,8 @@ def fingerprint(value: object) -> str:
 def fingerprint_model(model: nn.Module) -> str:
     """Fingerprint of a model: its class, its modules with their settings, and all parameters and buffers.
 
-    Settings are the public attributes of a module that are numbers, strings or sequences of these. A class of the user's
-    own counts by the code of its methods, too. Neither the device nor `torch.compile` and `DataParallel` wrappers matter.
+    Settings are the public attributes of a module that are numbers, strings or sequences of these. Of classes of the
+    user's own, the code of methods counts. Neither the device nor `torch.compile` and `DataParallel` wrappers matter.
     """
     return _Walk().digest(unwrap(model)).hex()
 
@@ -221,7 +221,7 @@ class _Walk:
         )
 
     def _surroundings(self, function: types.FunctionType) -> list[bytes]:
-        """Digests of what a function reads from its module and from modules of the user's own, and of its attributes."""
+        """Digests of what a function reads in its module and in others of the user's own, and of its attributes."""
         own = {name: value for name, value in vars(function).items() if name != "__wrapped__"}
         found = self._named(function.__globals__, _names(function.__code__))
         return [*found, self._mapping(own)] if own else found
