@@ -143,10 +143,6 @@ def histogram(
         How many between the least and the largest value, or their edges, beyond which values are not counted.
     density : bool
         Whether to divide by the number of values counted and the width of the bins.
-
-    Returns
-    -------
-    Histogram
     """
     check_flags(density=density)
     if not isinstance(bins, Sequence | np.ndarray):
@@ -272,10 +268,6 @@ def write_frame(
         It ends in ``.csv`` or ``.parquet``; for the latter, pyarrow is needed beside pandas.
     concepts : int or sequence of int, optional
         All by default.
-
-    Returns
-    -------
-    Path
     """
     path = Path(path)
     if path.suffix not in (".csv", ".parquet"):

@@ -129,7 +129,7 @@ class _Walk:
 
     def digest(self, value: object) -> bytes:
         """Digest of any value."""
-        if isinstance(value, _PLAIN) and type(value) in _PLAIN:
+        if type(value) in _PLAIN:
             return _hash(type(value).__name__, repr(value).encode())
         known = self._known.get(id(value))
         if known is not None:
@@ -171,9 +171,7 @@ class _Walk:
             return _hash("module", value.__name__.encode())
         if isinstance(value, type):
             return self._class(value)
-        if callable(value) and (found := self._function(value)) is not None:
-            return found
-        return self._container(value)
+        return (self._function(value) if callable(value) else None) or self._container(value)
 
     def _container(self, value: Any) -> bytes:
         if type(value) in (list, tuple):

@@ -238,10 +238,6 @@ def class_means(
     ----------
     table, layer, mode, target, normed, cache
         As for `top_k`.
-
-    Returns
-    -------
-    ClassMeans
     """
     check_flags(normed=normed, cache=cache)
     table = Table.open(table)
