@@ -331,7 +331,8 @@ def _header(
         make["shapes"] = lambda: fingerprint("mixed")
     known = dict(options.fingerprints or {})
     probes = {} if "dataset" in known else probe(files_of(dataset))
-    if differing := [index for index, mark in probes.items() if mark.startswith("(")]:
+    readings = probes if encoded is None else probe(dataset, map(int, probes))  # (files stay as they are)
+    if differing := [index for index, mark in readings.items() if mark.startswith("(")]:
         warn(
             f"dataset[{differing[0]}] gives other data at every reading, as under a random transform: what is "
             "shown later is not what is mined. Take random transforms off the dataset"
