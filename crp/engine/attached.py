@@ -16,7 +16,7 @@ from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.door import _check_merged, check_weights
 from crp.engine.encoding import propagation_of
-from crp.engine.last_calls import Unsupported
+from crp.engine.last_calls import _Unsupported
 from crp.engine.module_hooks import _ON_ALL_MODULES, _hooks_of
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
@@ -324,7 +324,7 @@ def _forward_hooks_of(modules: dict[str, nn.Module]) -> list[tuple[dict[int, Any
 
 @atomic
 def _called_once(model: nn.Module, tell: Callable[[str], None]) -> Iterator[None]:
-    unsupported = Unsupported()
+    unsupported = _Unsupported()
     rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
     for name, (_, of_layer) in rules.items():
         if len(of_layer) > 1:

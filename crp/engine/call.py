@@ -17,13 +17,13 @@ from crp.engine.backward import MakeMasks, _input_name, _send_rows_back, send_ba
 from crp.engine.basic_hooks import _batched_hooks
 from crp.engine.conditions import Rows, check_conditions
 from crp.engine.door import check_device, check_result
-from crp.engine.encoding import propagation_of, read, starts_from_one, write
+from crp.engine.encoding import _read, propagation_of, starts_at_one, write
 from crp.engine.forward import SINK, ForwardPass
 from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.masks import Given, _check_channels, mask_factory, row_masks
-from crp.engine.memory_layout import is_faster_channels_last, is_same_channels_last, run_channels_last
-from crp.engine.model_state import Parts, is_watched
+from crp.engine.memory_layout import _is_same_channels_last, _run_channels_last, is_faster_channels_last
+from crp.engine.model_state import _Parts, is_watched
 from crp.engine.results import Part, _results_of, average, in_order
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
@@ -150,7 +150,7 @@ class Call:
 
     def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:
         """Means of several runs; an error where the model is another one for the next part than for those before."""
-        known, by_hand = Parts(), False
+        known, by_hand = _Parts(), False
         chunks = self._chunks()
         for number in range(len(chunks)):
             # (a composite that was put on by hand, and is taken off now, may have merged weights)
@@ -202,7 +202,7 @@ class Call:
             for rows in self.rows.one_by_one(in_flow):
                 passed = of_all or self._forward(model, rows, self.composite, account)
                 _, start, arrived = self._send_back(passed, rows, last=of_all is None)
-                initial = _sum_of_rows(read(asked, start.rows(), passed.value(self.settings.start, rows)))
+                initial = _sum_of_rows(_read(asked, start.rows(), passed.value(self.settings.start, rows)))
                 initials.append(initial)
                 relevances = [arrived[_input_name(number)] for number in range(len(passed.inputs.explained))]
                 inputs.append(torch.stack([_sum_of_rows(r).to(initial) for r in relevances]).sum(0))
@@ -264,7 +264,7 @@ class Call:
     def laid_out(self) -> Call:
         """The same in the usual layout of memory, where the model needs that, or others watch it run, who know that."""
         model, settings = self.model, self.settings
-        if not settings.channels_last or (not is_watched(model) and is_same_channels_last(model, self.inputs)):
+        if not settings.channels_last or (not is_watched(model) and _is_same_channels_last(model, self.inputs)):
             return self
         return replace(self, settings=replace(settings, channels_last=False))
 
@@ -334,7 +334,7 @@ class Call:
         def run(data: Inputs) -> ForwardPass:
             return ForwardPass.run(model, data, roles, self.overrides.select, composite, account, samples)
 
-        passed = run_channels_last(run, model, inputs) if settings.channels_last and account is None else None
+        passed = _run_channels_last(run, model, inputs) if settings.channels_last and account is None else None
         return passed or run(inputs)
 
     def _send_back(self, passed: ForwardPass, rows: Rows, last: bool) -> tuple[Tensor, Starts, dict[str, Tensor]]:
@@ -370,7 +370,7 @@ class Call:
             warn_of_positions(targets, prediction, passed.inputs)
         lengths = (len(self.rows), self.batch_size or len(self.rows))
         initial = init_of_rows(settings.init_rel, rows.places, prediction, lengths)
-        if initial is None and starts_from_one(asked) and overridden is None:
+        if initial is None and starts_at_one(asked) and overridden is None:
             one = torch.ones_like(prediction) if targets is None else prediction.new_ones(()).expand(prediction.shape)
             return initial_relevance(one, targets, None)
         if initial is None and asked.initial == "one":

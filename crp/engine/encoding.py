@@ -62,7 +62,7 @@ def is_product(asked: Propagation) -> bool:
     return asked.encoding == "multiplier" and asked.readout != "multiplier"
 
 
-def starts_from_one(asked: Propagation) -> bool:
+def starts_at_one(asked: Propagation) -> bool:
     """Whether 1 flows from a target by default, whatever the output's value."""
     return asked.encoding == "multiplier" and (asked.readout == "multiplier" or asked.initial != "one")
 
@@ -72,6 +72,6 @@ def write(asked: Propagation, relevance: Tensor, activation: Tensor) -> Tensor:
     return torch.where(activation == 0, 0, relevance / activation) if is_product(asked) else relevance
 
 
-def read(asked: Propagation, arrived: Tensor, activation: Tensor) -> Tensor:
+def _read(asked: Propagation, arrived: Tensor, activation: Tensor) -> Tensor:
     """Relevance in what arrived at a layer of this ``activation`` (less that of the reference, if there is one)."""
     return activation * arrived if is_product(asked) else arrived

@@ -13,7 +13,7 @@ from crp.layers.nested import tensors_in
 from crp.wording import counted
 
 
-class Unsupported:
+class _Unsupported:
     """Notes what relevance passes while zennit's rules are on a model, and where they are wrong.
 
     They keep what a layer was called with last, so that other calls of it get that call's relevance. (Several passes

@@ -54,7 +54,7 @@ def _multiplies_matrices(data: Tensor) -> bool:
     return not exact and torch.cuda.get_device_capability(data.device) >= (8, 0)
 
 
-def is_same_channels_last(model: nn.Module, inputs: Inputs) -> bool:
+def _is_same_channels_last(model: nn.Module, inputs: Inputs) -> bool:
     """Whether a model predicts the same with the channels last, which is seen once for each shape of a sample.
 
     It runs for two samples in either layout, and is as it was afterwards.
@@ -70,7 +70,7 @@ def is_same_channels_last(model: nn.Module, inputs: Inputs) -> bool:
     return known.get(shape, False)
 
 
-def run_channels_last(run: Callable[[Inputs], ForwardPass], model: nn.Module, inputs: Inputs) -> ForwardPass | None:
+def _run_channels_last(run: Callable[[Inputs], ForwardPass], model: nn.Module, inputs: Inputs) -> ForwardPass | None:
     """Forward pass with the channels last; None where rules cannot do that.
 
     Parameters

@@ -210,7 +210,7 @@ def _key_of(code: CodeType, around: Iterable[object]) -> Hashable:
     return code, *map(id, around)
 
 
-class Parts:
+class _Parts:
     """Modules, parameters and buffers of a model, by which it is told later which of them have changed.
 
     Writes through ``.data`` are noticed as by a `TensorMark`.

@@ -16,7 +16,7 @@ from zennit.core import Composite
 from crp.engine.attached import is_on
 from crp.engine.call import Call
 from crp.engine.conditions import Grid, Rows
-from crp.engine.encoding import Propagation, is_product, propagation_of, starts_from_one
+from crp.engine.encoding import Propagation, is_product, propagation_of, starts_at_one
 from crp.engine.inputs import Inputs
 from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import is_traced, is_watched, reads_of
@@ -69,11 +69,9 @@ class Replayed:
         samples = sorted({*rows.samples})
         columns = [samples.index(sample) for sample in rows.samples]
         chosen = call.inputs.select(samples).explained[0].detach()
-        alike = Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions])
         # (a weak reference equals no other composite's, also where one has the id of one that is gone)
-        structure = tuple(columns), tuple(rows.layers(name)), tuple(settings.record)
-        layout = settings.multipliers, settings.channels_last, settings.as_computed
-        key = (weakref.ref(composite), structure, _form_of(chosen), *layout)
+        structure = tuple(columns), tuple(rows.layers(name)), tuple(settings.record), settings.as_computed
+        key = (weakref.ref(composite), structure, _form_of(chosen), settings.multipliers, settings.channels_last)
         usual = replace(call, rows=rows, batch_size=None, shortcut=None)
         if (shapes := self._shapes.get(key)) is None:
             return self._learn(key, usual.laid_out(), composite)
@@ -103,7 +101,7 @@ class Replayed:
                 inner = replace(
                     laid_out(),
                     inputs=Inputs.of(tensors["data"], settings.explain),
-                    rows=alike,
+                    rows=Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions]),
                     settings=replace(laid_out().settings, shared_start=given.shared),
                     given=Given(tensors["start"], masks, given.shared),
                 )
@@ -147,7 +145,7 @@ def _is_replayable(call: Call, composite: Composite) -> bool:
     Initial relevance is 1 at the targets, no method is overridden, no reference is chosen for each sample, and no mode
     of torch is on. Hooks of others are looked for later.
     """
-    if not isinstance(composite, Propagation) or not starts_from_one(composite):
+    if not isinstance(composite, Propagation) or not starts_at_one(composite):
         return False
     kind, settings = type(composite), call.settings
     per_sample = kind.expect is not Propagation.expect or kind.members_for is not Propagation.members_for

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crp.engine.backward import _input_name
 from crp.engine.conditions import Rows, row_index
-from crp.engine.encoding import is_product, read
+from crp.engine.encoding import _read, is_product
 from crp.engine.forward import ForwardPass
 from crp.engine.settings import Settings
 from crp.types import AttributionResults
@@ -45,7 +45,7 @@ def _results_of(
     relevances, multipliers, counted = {}, {}, {}
     for name in passed.layers:
         of_layer = arrived.pop(name)
-        relevances[name] = own(read(asked, of_layer, passed.value(name, rows)))
+        relevances[name] = own(_read(asked, of_layer, passed.value(name, rows)))
         if keeps:
             multipliers[name] = own(of_layer) if is_product(asked) else relevances[name]
             counted[name] = activations[name] if name not in passed.references else own(passed.value(name, rows))

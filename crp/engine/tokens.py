@@ -23,11 +23,10 @@ from crp.layers.devices import device_of
 from crp.layers.interrupts import atomic
 from crp.layers.misfits import telling_misfits, unknown_ids
 from crp.layers.state import undisturbed
-from crp.trace import structure
 
 #: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
 _calls = count()
-#: Layer that was found to look ids up, by the structure of the model, the input that holds them, and all inputs.
+#: Layer that was found to look ids up, which each call checks, and among which layers, for which input.
 _lookups: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 
 
@@ -118,7 +117,7 @@ def _layer_of_ids(
     for layer, module in layers.items():
         if module is own:
             return layer
-    key = structure(model), name, *values
+    key = name, *values, *map(id, layers.values())
     known = _lookups.get(model)
     if known is not None and known[0] == key:
         return known[1]

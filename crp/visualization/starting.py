@@ -20,7 +20,7 @@ _Mask = Callable[[Tensor], Tensor]
 def starts_from_one(attribution: CondAttribution, composite: Composite | None) -> bool:
     """Whether relevance that starts in a layer, and is its activation, is a multiplier of 1 there."""
     own = type(attribution).relevance_init is not CondAttribution.relevance_init
-    return not own and encoding.starts_from_one(encoding.propagation_of(composite))
+    return not own and encoding.starts_at_one(encoding.propagation_of(composite))
 
 
 def starting_masks(layer_map: Mapping[str, Concept]) -> dict[str, Callable[..., _Mask]]:

@@ -17,8 +17,7 @@ from crp.visualization.mining.marks import content_of, contents_of, stamp_of
 
 #: Bytes that are taken for a batch before its samples are known, which may be smaller than the first.
 _MOST_BESIDE = 1 << 30
-#: Entries from which torch copies by several threads, which would wait for each other while others write shards.
-_BY_THREADS = 32768
+_BY_THREADS = 32768  #: entries from which torch copies by threads, which would wait while others write shards
 _NOTHING = torch.empty(0)
 
 
