@@ -33,7 +33,7 @@ _KINDS = {
 }
 
 
-def as_folder(path: object) -> Path:
+def _as_folder(path: object) -> Path:
     """Folder in which a table is asked for; a `TypeError` if it is no path."""
     if not isinstance(path, str | os.PathLike):
         raise InputTypeError(f"a table is given as Table.open(folder), or as its folder, such as fv.path; not {path!r}")

@@ -25,7 +25,7 @@ from crp.flags import check_flags
 from crp.layers import LayerNotFoundError
 from crp.visualization.table.columns import SampleColumns, _class_number, join_columns, read_columns, sample_numbers
 from crp.visualization.table.document import decode, encode
-from crp.visualization.table.files import as_folder, check_file, check_folder, make_own_folder, read_file, write_atomic
+from crp.visualization.table.files import _as_folder, check_file, check_folder, make_own_folder, read_file, write_atomic
 from crp.visualization.table.lock import TableLockedError as TableLockedError
 from crp.visualization.table.manifest import (
     DERIVED,
@@ -64,14 +64,13 @@ class Table:
     """
 
     def __init__(self, path: str | Path, header: TableHeader, shards: Iterable[ShardRecord] = ()) -> None:
-        self.path = Path(path)
-        self.header = header
+        self.path, self.header = Path(path), header
         self.shards = sorted(shards, key=_order)
 
     @staticmethod
     def exists(path: str | Path) -> bool:
         """Whether a folder holds a table, or something in the place of its manifest."""
-        return os.path.lexists(as_folder(path) / "manifest.json")
+        return os.path.lexists(_as_folder(path) / "manifest.json")
 
     @classmethod
     def open(cls, path: str | Path | Table) -> Table:
@@ -88,7 +87,7 @@ class Table:
         """
         if isinstance(path, Table):
             return path
-        manifest = as_folder(path) / "manifest.json"
+        manifest = _as_folder(path) / "manifest.json"
         try:
             text = read_file(manifest)
         except (FileNotFoundError, NotADirectoryError):
@@ -112,7 +111,7 @@ class Table:
     @staticmethod
     def discard(path: str | Path) -> None:
         """Delete the table in a folder, if there is one, and nothing else."""
-        manifest = as_folder(path) / "manifest.json"
+        manifest = _as_folder(path) / "manifest.json"
         if manifest.is_dir() and not manifest.is_symlink():
             check_file(manifest)
         manifest.unlink(missing_ok=True)
@@ -195,15 +194,13 @@ class Table:
         for name in ("n_samples", "layers", "modes", "kinds", "storage"):
             there, here = getattr(self.header, name), getattr(header, name)
             if there != here:
-                raise TableMismatchError(
-                    f"the table in {self.path} was mined with {name} = {there}, not {here}; {ELSEWHERE}"
-                )
+                what = f"{name} = {there}, not {here}"
+                raise TableMismatchError(f"the table in {self.path} was mined with {what}; {ELSEWHERE}")
 
     def coverage(self, start: int = 0, stop: int | None = None) -> Coverage:
         """Which samples of a range were mined, skipped and missed; of the whole dataset by default."""
-        start = check_number("start", start, 0, whole=True)
-        stop = check_number("stop", self.n_samples if stop is None else stop, 0, whole=True)
-        return get_coverage(self.shards, start, stop)
+        ends = {"start": start, "stop": self.n_samples if stop is None else stop}
+        return get_coverage(self.shards, *(check_number(name, end, 0, whole=True) for name, end in ends.items()))
 
     def rows(self) -> RowIds:
         """Sample and target of every row, in the order of `blocks`."""
@@ -262,8 +259,8 @@ class Table:
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
         wanted = None if samples is None else sample_numbers(samples, self.n_samples)
-        asked = layer, mode, target, normed, columns, _class_number(of_class), wanted
-        return read_blocks(self.path / "shards", self.shards, *asked)
+        found = self.path / "shards", self.shards
+        return read_blocks(*found, layer, mode, target, normed, columns, _class_number(of_class), wanted)
 
     def column(
         self, layer: str, concept: int, mode: str = "relevance", target: str = "sum", normed: bool = False
@@ -290,9 +287,9 @@ class Table:
             return list(problems.values())
         for shard in self.shards:
             if shard.file not in problems:
-                target = read_rows(self.path / "shards", [shard]).target
-                if len(target) and int(target.max()) >= outputs:
-                    what = f"rows of target {target.max()}, and the model {outputs} outputs"
+                highest = read_rows(self.path / "shards", [shard]).target.max(initial=0)
+                if highest >= outputs:
+                    what = f"rows of target {highest}, and the model {outputs} outputs"
                     problems[shard.file] = f"{self.path / 'shards' / shard.file} has {what}"
         return list(problems.values())
 
