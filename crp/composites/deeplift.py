@@ -15,14 +15,7 @@ from crp.composites.selection import Functions, Having, Kind
 from crp.errors import InputError, InputTypeError
 from crp.layers import referencing
 from crp.notices import warn
-from crp.rules.deeplift import (
-    Affine,
-    BatchNorm,
-    Differences,
-    MaxPool,
-    Rescale,
-    RevealCancel,
-)
+from crp.rules.deeplift import Affine, BatchNorm, Differences, MaxPool, Rescale, RevealCancel
 from crp.rules.functions import Function
 from crp.rules.products import (
     NormalizationDifference,
