@@ -20,6 +20,6 @@ def check_number(name: str, value: Any, least: float = -float("inf"), whole: boo
     kinds = int | np.integer if whole else int | float | np.integer | np.floating
     is_number = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < np.inf
     if not is_number or value < least:
-        what = f"a {'whole ' * whole}number of at least {least}" if least > -float("inf") else "a finite number"
-        raise InputError(f"{name} must be {what}, not {value!r}")
+        what = f"number of at least {least}" if least > -float("inf") else "number" if whole else "finite number"
+        raise InputError(f"{name} must be a {'whole ' * whole}{what}, not {value!r}")
     return int(value) if whole else value  # (of numpy's numbers, torch makes no parts)

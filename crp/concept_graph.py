@@ -212,5 +212,5 @@ class AttributionGraph:
 
     def _check_mapped(self, layers: Iterable[str]) -> None:
         for name in layers:
-            if name not in self.layer_map:
+            if not isinstance(name, str) or name not in self.layer_map:
                 raise NameNotFoundError(f"layer_map has no concept for layer {name!r}; it has {sorted(self.layer_map)}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crp.checks import check_choice
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError, StateError
+from crp.kinds import check_kind
 from crp.notices import kind_of
 
 
@@ -206,7 +207,7 @@ def detection(
     tensor([[0., 2., 5.]])
     """
     check_choice("score", score, Literal["logit", "log-odds"])
-    if box not in ("best", "all") and (not isinstance(box, int) or isinstance(box, bool)):
+    if isinstance(box, bool) or not (isinstance(box, int) or (isinstance(box, str) and box in ("best", "all"))):
         raise InputError(f"box must be 'best', 'all' or the number of a box, not {box!r}")
 
     def of_sample(sample: int, logits: Tensor, exclusive: bool, n_classes: int | None) -> Tensor:
@@ -250,6 +251,7 @@ def with_logits(detector: nn.Module) -> nn.Module:
     from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
     from torchvision.models.detection.roi_heads import RoIHeads
 
+    check_kind("detector", detector, nn.Module, "a detector of torchvision")
     found: Any = _shallow(detector)
     if isinstance(detector, GeneralizedRCNN) and isinstance(detector.roi_heads, RoIHeads):
         found.roi_heads = _shallow(detector.roi_heads)

@@ -68,7 +68,9 @@ def _check_background(background: object) -> None:
     """Raise an error that lists what a background can be."""
     if isinstance(background, Tensor) or callable(background):
         return
-    if isinstance(background, bool) or not (background in get_args(Named) or isinstance(background, int | float)):
+    if isinstance(background, bool) or (
+        not isinstance(background, int | float) and not (isinstance(background, str) and background in get_args(Named))
+    ):
         raise InputError(
             f"a background must be one of {', '.join(map(repr, get_args(Named)))}, a number, a tensor, or a function "
             f"of the data; not {background!r}"

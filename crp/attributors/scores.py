@@ -121,8 +121,8 @@ def explaining(
     """
     model = unwrap(model)
     check_composite(composite)
+    check_layers(model, [] if layer is None else [layer], "layer")
     device, roles = device_of(model), {} if layer is None else {layer: "layer"}
-    check_layers(model, [*roles], "layer")
     with put_on(composite, model) as modified:
 
         def run(data: Data) -> Tensor:

@@ -24,6 +24,7 @@ from crp.engine.targets import (
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.notices import kind_of
 from crp.types import MaskFn
+from crp.values import check_form
 from crp.wording import shortened
 
 _PLACES = (Position, Pixels, Element)
@@ -99,7 +100,7 @@ class Target:
             isinstance(value, list | tuple) and value and all(isinstance(one, _PLACES) for one in value)
         ):
             return AtPlaces([value] if isinstance(value, _PLACES) else value)
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             value = torch.from_numpy(value)
         if isinstance(value, Tensor) and value.is_floating_point():
             return Mask(value)
@@ -205,6 +206,7 @@ class Mask(Target):
     def __init__(self, mask: Tensor) -> None:
         if mask.dim() == 0:
             raise InputTypeError("a mask of the outputs has their shape, not ()")
+        check_form(mask, "the target, a mask of the outputs,")
         if not torch.isfinite(mask).all():
             raise InputError("the target, a mask of the outputs, has NaN or infinite values")
         self.mask = mask.detach()[None] if mask.dim() == 1 else mask.detach()

@@ -15,10 +15,13 @@ from crp.audit.asked import _one_for_each, predicted_by
 from crp.audit.prototypes import Prototypes, padded
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
+from crp.concepts.base import check_masks
 from crp.concepts.reading import LayerValues, relevance_sums
+from crp.engine.door import check_attribution
 from crp.engine.inputs import check_data
-from crp.errors import InputError, InputTypeError, NameNotFoundError
-from crp.notices import kind_of
+from crp.errors import InputError, NameNotFoundError
+from crp.flags import check_function
+from crp.kinds import check_kind
 from crp.visualization.analysis import RowSelection
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -123,7 +126,9 @@ def audit(
     KeyError
         If there are no prototypes of a class.
     """
+    check_attribution(attribution)
     check_data(data)
+    check_masks("concept", concept)
     check_number("k", k, 0, whole=True)
     uses = _uses(found, concept.describe, k, table)
     name = attribution.MODEL_OUTPUT_NAME
@@ -169,6 +174,7 @@ def audit_table(
         If a sample has no row of a class with prototypes.
     """
     check_number("k", k, 0, whole=True)
+    check_function("describe", describe, "the numbers of concepts")
     uses = _uses(found, describe or "concept {}".format, k, table)
     table = Table.open(table)
     samples = None if samples is None else as_ids(samples, what="samples")
@@ -205,7 +211,9 @@ def save_audit(table: Table | str | Path, found: Prototypes, audited: Sequence[A
     Path
         The file.
     """
-    if any(one.sample is None for one in audited):
+    check_kind("found", found, Prototypes, "what prototypes(table, layer) gives")
+    check_kind("audited", audited, Sequence, "what audit_table gives")
+    if any(getattr(one, "sample", None) is None for one in audited):
         raise InputError("audited samples have no number in the table; audit_table gives those that have")
     columns = {
         "sample": np.array([one.sample for one in audited], np.int64),
@@ -224,8 +232,7 @@ def _uses(
     found: Prototypes, describe: Callable[[int], str], k: int, table: Table | str | Path | None
 ) -> Callable[[np.ndarray], tuple[list[Use], list[Use]]]:
     """What tells the concepts that are used more and less, from the difference to a prototype."""
-    if not isinstance(found, Prototypes):
-        raise InputTypeError(f"found must be what prototypes(table, layer) gives, not {kind_of(found)}")
+    check_kind("found", found, Prototypes, "what prototypes(table, layer) gives")
     references = None if table is None else top_k(table, found.layer, k=_REFERENCES, cache=True).sample
 
     def uses(difference: np.ndarray) -> tuple[list[Use], list[Use]]:

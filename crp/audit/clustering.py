@@ -13,22 +13,27 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from crp.audit.heatmaps import kept_heatmaps
 from crp.audit.prototypes import padded
-from crp.checks import check_number
+from crp.checks import check_choice, check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
 from crp.flags import check_flags
+from crp.kinds import as_path, check_kind
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 
 #: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.
 _MIN_GAP = 4.0
+#: What is clustered.
+_OF = Literal["relevance", "activation", "heatmap"]
+#: What functions of clusters are given.
+_GIVEN = "what clusters(table, layer, of_class) gives"
 
 
 class Clusters(NamedTuple):
@@ -87,7 +92,7 @@ class Clusters(NamedTuple):
         return [(int(i), float(difference[i])) for i in best if difference[i] > 0]
 
     def _is_in(self, cluster: int) -> np.ndarray:
-        inside: np.ndarray = self.label == cluster
+        inside: np.ndarray = self.label == check_number("cluster", cluster, whole=True)
         if not inside.any():
             raise OutOfRangeError(f"there are the clusters 0 to {len(self.sizes) - 1}; there is no {cluster!r}")
         return inside
@@ -140,6 +145,7 @@ def clusters(
     for name, number in (("n", 1 if n is None else n), ("n_neighbours", n_neighbours), ("largest", largest)):
         check_number(name, number, 1, whole=True)
     seed = check_number("seed", seed, 0, whole=True)
+    check_choice("what", what, _OF)
     array = None
     source = Table.open(source) if isinstance(source, str | Path) else source
     if isinstance(source, Table) and what == "heatmap":
@@ -197,6 +203,8 @@ def save_clusters(
     Path
         The file.
     """
+    check_kind("found", found, Clusters, _GIVEN)
+    check_choice("what", what, _OF)
     named = with_concepts(table, found, layer, of_class) if what == "heatmap" else found
     each = range(len(found.sizes))
     strongest = [named.strongest(i, k) for i in each]
@@ -215,6 +223,7 @@ def save_clusters(
 
 def with_concepts(table: Table | str | Path, found: Clusters, layer: str, of_class: int) -> Clusters:
     """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
+    check_kind("found", found, Clusters, _GIVEN)
     vectors, samples = RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).read(table)
     order = np.argsort(samples, kind="stable")
     place = order[np.searchsorted(samples[order], found.sample)]
@@ -260,7 +269,8 @@ def export_corelay(
     """
     import h5py
 
-    path = Path(path)
+    path = as_path("path", path)
+    check_kind("found", found, Clusters, _GIVEN)
     beside = path.with_name(f"{path.stem}.attribution{path.suffix}")
     given = {"attribution": heatmaps, "prediction": predictions, "label": labels}
     arrays = {key: _array(value) for key, value in given.items() if value is not None}

@@ -17,9 +17,11 @@ from crp.checks import check_number
 from crp.concepts.ids import as_ids, check_axis
 from crp.concepts.reading import LayerValues
 from crp.engine.door import check_attribution
+from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_function
 from crp.visualization.mining.datasets import indexed, read
+from crp.wording import shortened
 
 
 class Collected(NamedTuple):
@@ -95,6 +97,7 @@ def collect(
     check_number("seed", seed, 0, whole=True)
     check_axis(axis)
     check_function("preprocess", preprocess, "samples")
+    check_layers(attribution.model, [layer], "layer")
     dataset = indexed(dataset)
     rng = np.random.default_rng(seed)
     classes = _classes(dataset, labels)
@@ -129,7 +132,7 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
     try:
         classes = np.array(_one_for_each(labels, len(dataset), "labels"), np.int64)
     except (TypeError, OverflowError):
-        raise InputTypeError(f"labels must be one class for each sample; the first is {labels[0]!r}") from None
+        raise InputTypeError(f"labels must be one class for each sample; not {shortened(labels)}") from None
     if not len(classes) or classes.min() < 0:
         found = f"sample {classes.argmin()} has {classes.min()}" if len(classes) else "there is no sample"
         raise InputError(f"labels must be classes, which count from 0; {found}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from crp.checks import check_choice, check_number
 from crp.errors import InputError
+from crp.kinds import check_kind
 from crp.visualization.analysis import cosines
 from crp.visualization.references import once_each
 from crp.visualization.table.columns import SampleColumns
@@ -130,6 +131,7 @@ def compare(
     """
     check_choice("mode", mode, Literal["relevance", "activation"])
     check_number("n_references", n_references, 1, whole=True)
+    check_kind("layers", layers, (Sequence, type(None)), "a list of layers")
     tables = Table.open(before), Table.open(after)
     names = [name for name in tables[0].layers if name in tables[1].layers] if layers is None else list(layers)
     if not names:

@@ -17,8 +17,11 @@ from crp.audit.in_texts import context_in_texts
 from crp.audit.tested import read_samples
 from crp.checks import check_number
 from crp.concepts import Concept, mask_of
-from crp.errors import InputError, InputTypeError
-from crp.notices import kind_of
+from crp.engine.door import check_attribution
+from crp.engine.taps import check_layers
+from crp.errors import InputError
+from crp.kinds import check_kind
+from crp.values import check_form
 from crp.visualization.feature import FeatureVisualization
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -63,9 +66,13 @@ def context_scores(
         NaN where a concept has no positive relevance in a sample.
     """
     check_number("batch_size", batch_size, 1, whole=True)
+    check_attribution(attribution)
+    check_layers(attribution.model, [layer], "layer")
     ids = _named_concepts(concept_ids, layer)
-    if not isinstance(inside, Tensor):
-        raise InputTypeError(f"inside must be a boolean tensor, of the heatmaps' shape, not {kind_of(inside)}")
+    check_kind("inside", inside, Tensor, "a boolean tensor, of the heatmaps' shape")
+    check_form(inside, "inside")
+    check_kind("data", data, Tensor, "a tensor")
+    check_kind("targets", targets, (Sequence, Tensor, np.ndarray), "one for each sample")
     if len(targets) != len(data) or len(inside) != len(data):
         raise InputError(f"{len(targets)} targets and {len(inside)} masks are given for {len(data)} samples")
     conditions = [{attribution.MODEL_OUTPUT_NAME: target, layer: [i]} for target in targets for i in ids]
@@ -183,8 +190,8 @@ def inside_boxes(boxes: Tensor, shape: Sequence[int]) -> Tensor:
     tensor([[[0, 1, 1, 0],
              [0, 0, 0, 0]]], dtype=torch.int32)
     """
-    if not isinstance(boxes, Tensor):
-        raise InputTypeError(f"boxes must be a tensor of shape (boxes, 4), not {kind_of(boxes)}")
+    check_kind("shape", shape, Sequence, "a height and a width")
+    check_kind("boxes", boxes, Tensor, "a tensor of shape (boxes, 4)")
     if boxes.dim() != 2 or boxes.shape[1] != 4 or len(shape) != 2:
         raise InputError(
             f"boxes must be of shape (boxes, 4), and shape be height and width; they are {tuple(boxes.shape)} and "

@@ -25,7 +25,9 @@ from crp.checks import check_number
 from crp.concepts import Concept
 from crp.concepts.ids import as_direction, as_numbers, check_axis, in_range
 from crp.concepts.reading import LayerValues, relevance_sums
+from crp.engine.door import check_attribution
 from crp.errors import InputError, InputTypeError, StateError
+from crp.kinds import check_kind
 from crp.layers import ByChainRule, Followed, find_layers, put_behind
 from crp.layers.interrupts import atomic
 from crp.notices import kind_of
@@ -227,6 +229,8 @@ def effect(
     UserWarning
         If a correction changes neither predictions nor relevance, as one on another model.
     """
+    check_attribution(attribution)
+    check_kind("data", data, Tensor, "a tensor")
     classes, ids = _one_for_each(labels, len(data), "labels"), _named_concepts(concept_ids, layer)
     predictions = []
 

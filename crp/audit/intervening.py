@@ -16,12 +16,14 @@ from crp.attribution import CondAttribution
 from crp.audit.asked import _named_concepts, _one_for_each
 from crp.checks import check_number
 from crp.concepts import Concept
+from crp.concepts.base import check_masks
 from crp.engine.attached import put_on
 from crp.engine.door import check_attribution
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import changed_at, check_changed_once
 from crp.errors import InputError, OutOfRangeError
+from crp.kinds import check_kind
 from crp.visualization.without import kept_part
 
 
@@ -41,6 +43,8 @@ def part_of(concept: Concept, activation: Tensor, concept_ids: Any) -> Tensor:
     -------
     Tensor of shape (rows, *layer shape)
     """
+    check_kind("activation", activation, Tensor, "a tensor")
+    check_masks("concept", concept)
     return kept_part([concept.mask(row, concept_ids) for row in range(len(activation))], activation)
 
 

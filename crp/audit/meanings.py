@@ -12,6 +12,7 @@ from torch import Tensor
 from crp.audit.semantics import clarity, embed_references, polysemanticity, redundancy, search
 from crp.checks import check_number
 from crp.errors import InputTypeError, NameNotFoundError
+from crp.flags import check_function
 from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -97,6 +98,7 @@ def meanings(
     TypeError
         If texts have no embeddings, and no function makes them.
     """
+    check_function("embed_text", embed_text, "a text")
     if not isinstance(texts, Mapping):
         if isinstance(texts, str) or not isinstance(texts, Sequence) or (texts and embed_text is None):
             raise InputTypeError(f"texts {shortened(texts)} need embeddings: give a mapping, or a list and embed_text=")

@@ -6,6 +6,7 @@ from zennit.canonizers import Canonizer
 from crp.canonizers.base import Reporting
 from crp.canonizers.batchnorm import MergeBatchNorm
 from crp.canonizers.norms import _has_batch_norm
+from crp.kinds import check_kind
 
 __all__ = ["Canonizer", "MergeBatchNorm", "Reporting", "for_model"]
 
@@ -30,4 +31,5 @@ def for_model(model: nn.Module) -> list[Canonizer]:
     >>> for_model(nn.Linear(3, 4))
     []
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
     return [MergeBatchNorm()] if _has_batch_norm(model) else []

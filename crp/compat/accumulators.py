@@ -22,6 +22,7 @@ from crp.compat.folders import SAMPLE_SIZE
 from crp.concepts import Concept
 from crp.errors import InputError
 from crp.flags import check_flags
+from crp.kinds import as_path
 from crp.visualization.table.manifest import TableError
 from crp.visualization.table.question import Question
 from crp.visualization.table.store import Table
@@ -58,7 +59,7 @@ class _Accumulator:
         self.question = Question(mode, max_target, bool(abs_norm), self._per_target)
         self.mode, self.max_target, self.abs_norm = mode, max_target, bool(abs_norm)
         self.sub_folder = Path(folders.folder_name(self.question))
-        self.folder = Path(path or "") / self.sub_folder
+        self.folder = as_path("path", "" if path is None else path) / self.sub_folder
         self.SAMPLE_SIZE = SAMPLE_SIZE
         self._rankings: dict[Any, _Ranking] = {}
 

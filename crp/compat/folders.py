@@ -22,6 +22,7 @@ import numpy as np
 
 from crp.checks import check_number
 from crp.concepts import as_ids
+from crp.kinds import as_path, check_kind
 from crp.visualization.table.manifest import TableNotFoundError
 from crp.visualization.table.question import Answers, Question, TableAnswers
 from crp.visualization.table.ranking import ClassStatistics, ReferenceSamples, list_targets
@@ -70,6 +71,7 @@ def question_of(name: str) -> Question | None:
 
 def file_name(layer_name: str) -> str:
     """Layer name as part of a file name that cannot leave its folder; ordinary names stay as they are."""
+    check_kind("layer_name", layer_name, str, "the name of a layer")
     return _UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), layer_name)
 
 
@@ -269,7 +271,7 @@ def load_maximization(path_folder: str | Path, layer_name: str, sample_size: int
     KeyError
         If the table has no such layer.
     """
-    return _load(Path(path_folder), layer_name, sample_size, None)
+    return _load(as_path("path_folder", path_folder), layer_name, sample_size, None)
 
 
 def load_statistics(path_folder: str | Path, layer_name: str, target: Any, sample_size: int | None = None) -> Arrays:
@@ -290,8 +292,8 @@ def load_statistics(path_folder: str | Path, layer_name: str, target: Any, sampl
     sample, value, position : ndarrays of shape (samples, concepts)
         As `load_maximization`, with the same errors.
     """
-    (of_class,) = as_ids([int(target) if isinstance(target, str) else target], what="target")
-    return _load(Path(path_folder), layer_name, sample_size, of_class)
+    (of_class,) = as_ids([int(target) if isinstance(target, str) and target.isdigit() else target], what="target")
+    return _load(as_path("path_folder", path_folder), layer_name, sample_size, of_class)
 
 
 def load_stat_targets(path_folder: str | Path) -> np.ndarray[Any, Any]:
@@ -308,7 +310,7 @@ def load_stat_targets(path_folder: str | Path) -> np.ndarray[Any, Any]:
 
 def load_receptive_field(path_folder: str | Path, layer_name: str) -> np.ndarray[Any, Any]:
     """Array ``<layer>.npy`` of a folder of receptive fields, memory-mapped."""
-    file = Path(path_folder) / f"{file_name(layer_name)}.npy"
+    file = as_path("path_folder", path_folder) / f"{file_name(layer_name)}.npy"
     array: np.ndarray[Any, Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     return array
 
@@ -324,7 +326,7 @@ def find_files(path: str | Path | None = None) -> tuple[list[str], list[str], li
     r_max, a_max, r_stats, a_stats, rf : lists of str
         Paths whose names contain ``RelMax``, ``ActMax``, ``RelStats``, ``ActStats`` and ``ReField``.
     """
-    path = Path.cwd() if path is None else Path(path)
+    path = Path.cwd() if path is None else as_path("path", path)
     names = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     if Table.exists(path):
         table = Table.open(path)
@@ -343,7 +345,7 @@ def find_files(path: str | Path | None = None) -> tuple[list[str], list[str], li
 
 
 def _table_at(folder: str | Path) -> Table | None:
-    folder = Path(folder)
+    folder = as_path("path_folder", folder)
     return Table.open(folder.parent) if question_of(folder.name) and Table.exists(folder.parent) else None
 
 

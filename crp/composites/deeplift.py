@@ -26,6 +26,7 @@ from crp.rules.products import (
     TakenApart,
 )
 from crp.rules.written_out import WRITTEN_OUT
+from crp.values import check_form
 
 Reference: TypeAlias = float | Tensor | Callable[[Tensor], Tensor] | Sequence[Any] | None
 
@@ -165,6 +166,7 @@ class DeepLift(Composite):
                 )
         if not isinstance(chosen, Tensor):
             return torch.full_like(data, chosen or 0.0).requires_grad_()
+        check_form(chosen, "the reference")
         if chosen.is_complex() or not chosen.isfinite().all():
             raise InputError("the reference has NaN, infinite or complex values; give real numbers that are finite")
         reference = chosen.detach().to(data)

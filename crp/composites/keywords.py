@@ -65,14 +65,25 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
             self.keywords = {k: list(v) if isinstance(v, list) else v for k, v in given.items()}
             for name in open_ended:
                 self.keywords |= bound.arguments.get(name, {})
+        for name in bound.arguments.keys() & {"first_map", "layer_map", "name_map"}:
+            _check_pairs(name, bound.arguments[name])
         init(self, *args, **kwargs)
 
     return wrapper
 
 
+def _check_pairs(name: str, pairs: object) -> None:
+    """Raise a TypeError if a map is no list, or an entry of it no pair."""
+    entries = pairs if isinstance(pairs, Sequence) and not isinstance(pairs, str) else [pairs]
+    if wrong := [entry for entry in entries if not isinstance(entry, tuple | list) or len(entry) != 2]:
+        raise InputTypeError(
+            f"{name} is a list of pairs (what, rule), such as [(nn.Linear, Epsilon())]; {wrong[0]!r} is no pair"
+        )
+
+
 def _check_canonizers(canonizers: object) -> None:
     """Raise a TypeError if these are neither "auto", nor None, nor a list of canonizers."""
-    if isinstance(canonizers, str) != (canonizers == "auto") or not isinstance(canonizers, Sequence | None):
+    if (isinstance(canonizers, str) and canonizers != "auto") or not isinstance(canonizers, Sequence | None):
         raise InputTypeError(f'canonizers must be "auto", a list of canonizers or None, not {canonizers!r}')
     for canonizer in () if isinstance(canonizers, str | None) else canonizers:
         if not isinstance(canonizer, Canonizer):

@@ -126,7 +126,7 @@ class Kind:
     name: str
 
     def __post_init__(self) -> None:
-        if self.name not in KINDS:
+        if not isinstance(self.name, str) or self.name not in KINDS:
             raise InputError(f"there is no kind {self.name!r} of operations; there are {', '.join(map(repr, KINDS))}")
 
 
@@ -337,13 +337,7 @@ def _is_types(selector: object) -> TypeGuard[Types]:
 
 
 def _check_map(layer_map: Sequence[Any], first_map: Sequence[Any], name_map: Sequence[Any]) -> None:
-    """Raise a TypeError if an entry is no pair, or not for what its map is for."""
-    for name, pairs in (("layer_map", layer_map), ("first_map", first_map), ("name_map", name_map)):
-        entries = pairs if isinstance(pairs, Sequence) and not isinstance(pairs, str) else [pairs]
-        if wrong := [entry for entry in entries if not isinstance(entry, tuple | list) or len(entry) != 2]:
-            raise InputTypeError(
-                f"{name} is a list of pairs (what, rule), such as [(nn.Linear, Epsilon())]; {wrong[0]!r} is no pair"
-            )
+    """Raise a TypeError if an entry is not for what its map is for."""
     for selector, _ in layer_map:
         _check_selector(selector)
     for types, _ in first_map:

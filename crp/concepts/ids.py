@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.notices import kind_of
+from crp.values import check_form
 from crp.wording import shortened
 
 
@@ -23,6 +24,8 @@ def as_ids(ids: Any, layer_name: str | None = None, what: str = "concept ids") -
     TypeError
         If they are anything else, such as a boolean mask; the message names the layer, where it is given.
     """
+    if isinstance(ids, Tensor):
+        check_form(ids, what)
     listed = ids.reshape(-1).tolist() if isinstance(ids, Tensor | np.ndarray) else ids
     # (an iterator could be read for one row only, so that only collections are ids)
     listed = list(listed) if isinstance(listed, Collection) and not isinstance(ids, str | bytes | Mapping) else [listed]
@@ -92,7 +95,8 @@ def as_numbers(name: str, value: Any) -> NDArray[np.float64]:
     TypeError, ValueError
         If they are anything else.
     """
-    if hasattr(value, "detach"):
+    if isinstance(value, Tensor):
+        check_form(value, name)
         value = value.detach().cpu()
         value = value.double() if value.is_floating_point() else value
     try:

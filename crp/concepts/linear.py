@@ -60,7 +60,7 @@ class SubspaceConcept(Concept):
     Raises
     ------
     ValueError
-        If blocks are empty, of different numbers of channels, or hold values that are not finite.
+        If blocks are empty, of different numbers of channels, are all zeros, or hold values that are not finite.
     """
 
     needs_multiplier = True
@@ -86,6 +86,9 @@ class SubspaceConcept(Concept):
                     f"dual has blocks of {sizes} vectors of {self.dual.shape[1]} channels; the directions have "
                     f"{self.sizes} of {self.directions.shape[1]}"
                 )
+        for i, (begin, end) in enumerate(self._spans()):
+            if not (self.directions[begin:end].any() and self.dual[begin:end].any()):
+                raise InputError(f"{self.noun} {i} is all zeros, or its dual is, which points nowhere; leave it out")
         check_axis(axis)
         if names is not None and not _are_names(names, len(self.sizes)):
             raise InputError(f"names must be a list of {len(self.sizes)} names, one for each concept, not {names!r}")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from crp.concepts.axes import AxisConcept
-from crp.concepts.base import Concept, mask_of
+from crp.concepts.base import Concept, check_masks, mask_of
 from crp.concepts.scores import ConceptScores, by_position, scores_of
 from crp.errors import ConceptError, InputTypeError, NameNotFoundError
+from crp.kinds import check_kind
 from crp.notices import kind_of, warn
 from crp.types import AttributionResults
 
@@ -39,8 +40,9 @@ class LayerValues(NamedTuple):
     @classmethod
     def of(cls, result: AttributionResults, layer: str) -> LayerValues:
         """Values of a recorded layer."""
+        check_kind("result", result, AttributionResults, "what an attribution gives")
         for recorded in (result.activations, result.relevances):
-            if layer not in recorded:
+            if not isinstance(layer, str) or layer not in recorded:
                 raise NameNotFoundError(f"layer {layer!r} was not recorded; the result has {sorted(recorded)}")
         multipliers, counted = result.multipliers or {}, result.counted or {}
         return cls(result.activations[layer], result.relevances[layer], multipliers.get(layer), counted.get(layer))
@@ -211,6 +213,7 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
 
 def relevance_at(concept: Concept, values: LayerValues, layer_name: str) -> Tensor:
     """Relevance of every concept at every position, (rows, concepts, *positions)."""
+    check_masks("concept", concept)
     if not concept.needs_multiplier:
         return concept._from_relevance(values.relevance, layer_name)
     if values.counted is None or values.multiplier is None:

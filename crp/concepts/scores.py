@@ -9,6 +9,7 @@ from torch import Tensor
 
 from crp.concepts.fused import fused_scores
 from crp.errors import InputError
+from crp.kinds import check_kind
 from crp.layers.devices import is_recording
 
 #: Positions from which numpy's argmax on a CPU is vectorised, and several times as fast as torch's, which has threads.
@@ -53,7 +54,7 @@ def scores_of(values: Tensor, layer_name: str | None = None) -> ConceptScores:
         position = torch.from_numpy(flat.detach().numpy().argmax(-1))
     else:
         position = flat.argmax(-1)
-    return ConceptScores(flat.sum(-1), flat.gather(-1, position[..., None])[..., 0], position)
+    return ConceptScores(flat.sum(-1), flat.gather(-1, position.unsqueeze(-1)).squeeze(-1), position)
 
 
 def normalize(value: Tensor) -> Tensor:
@@ -69,6 +70,7 @@ def normalize(value: Tensor) -> Tensor:
     -------
     Tensor of shape (..., n)
     """
+    check_kind("value", value, Tensor, "a tensor")
     total = value.abs().sum(-1, keepdim=True)
     return value / (total + (1e-6 * total).clamp(max=1e-10).clamp(min=torch.finfo(value.dtype).tiny))
 
@@ -86,6 +88,7 @@ def _flat(values: Tensor) -> Tensor:
 
 def channels_in(tensor: Tensor, layer_name: str | None) -> int:
     """Length of axis 1."""
+    check_kind(f"what layer {layer_name!r} gives", tensor, Tensor, "a tensor")
     if tensor.dim() < 2:
         raise InputError(f"layer {layer_name!r} gives {tuple(tensor.shape)}; channels need (batch, channel, *space)")
     return tensor.shape[1]

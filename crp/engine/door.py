@@ -39,21 +39,9 @@ def _as_kind(value: object) -> str:
     return kind
 
 
-def _check_form(tensor: Tensor, name: str) -> None:
-    """Raise an `InputTypeError` for tensors that are no plain numbers in memory: sparse, nested, quantized or meta."""
-    if tensor.is_nested:
-        raise InputTypeError(f"{name} is a nested tensor; give samples of one shape in a plain tensor, or one by one")
-    if tensor.layout is not torch.strided:
-        raise InputTypeError(f"{name} is of layout {tensor.layout}; give a dense tensor, as by {name}.to_dense()")
-    if tensor.is_quantized:
-        raise InputTypeError(f"{name} is quantized ({tensor.dtype}); give floating-point numbers: {name}.dequantize()")
-    if tensor.is_meta:
-        raise InputTypeError(f"{name} is on the meta device, where tensors have no values")
-
-
 def check_attribution(attribution: object) -> None:
     """Raise a `TypeError` if this is a model, or anything else that attributes nothing."""
-    if isinstance(attribution, nn.Module) or not hasattr(attribution, "generate"):
+    if isinstance(attribution, nn.Module | type) or not hasattr(attribution, "generate"):
         raise InputTypeError(f"attribution must be CondAttribution(model), not {kind_of(attribution)}")
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from crp.engine.backward_hooks import _ReadingOnly
-from crp.engine.door import _as_kind, _check_form, is_finite
+from crp.engine.door import _as_kind, is_finite
 from crp.engine.tokens import Embedded, _can_embed, _in_place_of_lookup, _name_of_ids, embed
 from crp.errors import InputError, InputTypeError, NameNotFoundError
 from crp.layers import unwrap
 from crp.layers.devices import send_to
 from crp.layers.misfits import telling_misfits
+from crp.values import check_form
 
 Tensors: TypeAlias = tuple[Tensor, ...]
 #: One input; a list of samples, of tensors without that axis; inputs by position, in a tuple, or by name. Other tensors
@@ -235,7 +236,7 @@ class Samples(Inputs):
                     f"a list holds samples, which are floating-point tensors; data[{i}] is {_as_kind(sample)}. Several "
                     "inputs are a tuple or dict of them"
                 )
-            _check_form(sample, f"data[{i}]")
+            check_form(sample, f"data[{i}]")
         if not data:
             raise InputError("data is an empty list; it needs a tensor for each sample")
         for i, sample in enumerate(data):
@@ -282,7 +283,7 @@ def check_data(data: Tensor, name: str = "data", finite: bool = True) -> None:
     Without ``finite``, values may be anything.
     """
     if isinstance(data, Tensor):
-        _check_form(data, name)
+        check_form(data, name)
     if not isinstance(data, Tensor) or not data.is_floating_point():
         raise InputTypeError(
             f"{name} must be a floating-point tensor, which relevance can be assigned to, not {_as_kind(data)}"
@@ -310,7 +311,7 @@ def _check_values(values: Mapping[Any, Any], by_name: bool) -> None:
             )
     for name, value in values.items():
         if isinstance(value, Tensor):
-            _check_form(value, f"input {name!r}")
+            check_form(value, f"input {name!r}")
     sizes = {name: len(value) if value.dim() else None for name, value in values.items() if isinstance(value, Tensor)}
     if len(set(sizes.values())) > 1 or None in sizes.values():
         shapes = ", ".join(f"{name!r} of shape {tuple(values[name].shape)}" for name in sizes)

@@ -148,9 +148,7 @@ def check_changed_once(layer: str, calls: Sequence[bool]) -> None:
 
 def check_layers(model: nn.Module, layers: Sequence[str], role: str) -> None:
     """Raise a `KeyError` that names the nearest layers if the model lacks one (``"name#1"`` counts as ``"name"``)."""
-    if not layers:
-        return
-    known = modules_of(model)
+    known = modules_of(model) if len(layers) else {}
     for layer in layers:
         if not isinstance(layer, str):
             raise InputTypeError(

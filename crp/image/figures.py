@@ -23,7 +23,7 @@ from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
 from crp.image.pixels import Picture, imgify
 from crp.image.reading import _check_shown, as_shown
-from crp.notices import kind_of
+from crp.kinds import check_kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +49,8 @@ def abs_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:
     >>> abs_norm(torch.tensor([3.0, -1.0]))
     tensor([ 0.7500, -0.2500])
     """
+    check_kind("rel", rel, Tensor, "a tensor")
+    check_number("stabilize", stabilize)
     return rel / (rel.abs().sum() + max(stabilize, torch.finfo(rel.dtype).tiny))
 
 
@@ -72,6 +74,8 @@ def max_norm(rel: Tensor, stabilize: float = 1e-10) -> Tensor:
     >>> max_norm(torch.tensor([-4.0, -1.0]))
     tensor([-1.0000, -0.2500])
     """
+    check_kind("rel", rel, Tensor, "a tensor")
+    check_number("stabilize", stabilize)
     largest = rel.max()
     scale = torch.where(largest > 0, largest, rel.abs().max())
     return rel / (scale + max(stabilize, torch.finfo(rel.dtype).tiny))
@@ -91,6 +95,8 @@ def get_crop_range(heatmap: Tensor, crop_th: float) -> tuple[int, int, int, int]
     row1, row2, column1, column2 : int
         For ``image[..., row1:row2, column1:column2]``: ends are exclusive. The whole image if no pixel counts.
     """
+    check_kind("heatmap", heatmap, Tensor, "a tensor")
+    check_number("crop_th", crop_th)
     if heatmap.dim() != 2:
         raise InputError(f"heatmap must have shape (height, width), got {tuple(heatmap.shape)}")
     rows, columns = torch.where(heatmap > crop_th)
@@ -229,8 +235,7 @@ def plot_grid(
     check_flags(symmetric=symmetric, padding=padding)
     if not (cmap_dim is None or (type(cmap_dim) is int and cmap_dim >= 0)):
         raise InputError(f"'cmap_dim' must be 0, 1 or None, got {cmap_dim!r}")
-    if not isinstance(ref_c, Mapping):
-        raise InputTypeError(f"'ref_c' must be a dict of pictures, such as {{17: pictures}}, not {kind_of(ref_c)}")
+    check_kind("'ref_c'", ref_c, Mapping, "a dict of pictures, such as {17: pictures}")
     if not ref_c:
         raise InputError("'ref_c' is empty: there is nothing to plot")
     heatmap = {"cmap": cmap, "vmin": vmin, "vmax": vmax, "symmetric": symmetric}
@@ -317,6 +322,8 @@ def _check_threshold(name: str, value: float) -> None:
 
 def _pairs(data_batch: Images, heatmaps: Images) -> Iterator[tuple[Tensor, Tensor]]:
     """Images with their heatmaps, one by one."""
+    for name, several in (("data_batch", data_batch), ("heatmaps", heatmaps)):
+        check_kind(name, several, (Tensor, np.ndarray, Sequence), "a tensor, or a list of tensors")
     if len(data_batch) != len(heatmaps):
         raise InputError(
             f"there must be one heatmap for each image, got {len(data_batch)} images, {len(heatmaps)} heatmaps"

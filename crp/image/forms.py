@@ -24,6 +24,8 @@ from crp.errors import InputError
 from crp.flags import check_flags
 from crp.image.colours import PERCENTILE, _as_heatmap, as_picture, blurred, clipped, colours_of, resized
 from crp.image.pixels import Array, Picture
+from crp.kinds import check_kind
+from crp.wording import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +46,10 @@ def draw_masked(image: Picture, heatmap: Tensor | Array) -> Image.Image:
 def draw_heatmap(heatmap: Tensor | Array, size: tuple[int, int] | None = None) -> Image.Image:
     """Relevance on white; ``size`` is a (height, width) other than the heatmap's."""
     values = _as_heatmap(heatmap)
+    if size is not None:
+        check_kind("size", size, tuple, "(height, width)")
+        for side in size:
+            check_number("a side in size", side, 1, whole=True)
     return _image(_on_white(clipped(values if size is None else resized(values, size))[0]))
 
 
@@ -73,6 +79,9 @@ def draw_contour(
         In 0..1, one for each heatmap, and from the start again where there are fewer.
     """
     picture = as_picture(image)
+    check_kind("heatmaps", heatmaps, (Tensor, np.ndarray, Sequence), "a tensor, or a list of them")
+    if not isinstance(colours, Sequence) or isinstance(colours, str) or not colours:
+        raise InputError(f"colours must be a list of (red, green, blue), not {shortened(colours)}")
     several = [heatmaps] if isinstance(heatmaps, Tensor | np.ndarray) and heatmaps.ndim == 2 else heatmaps
     inside = [_positive(cast(Tensor, heatmap), picture) > 0.3 for heatmap in several]
     shown = picture * np.where(np.any(inside, 0), 1.0, 0.55)[..., None]
@@ -152,7 +161,7 @@ def draw_form(form: str, image: Picture, heatmap: Tensor | Array) -> Image.Image
         "contour": draw_contour,
         "crop": draw_crop,
     }
-    if form not in drawn:
+    if not isinstance(form, str) or form not in drawn:
         raise InputError(f"there is no form {form!r}; there are {', '.join(FORMS)}")
     return drawn[form](image, heatmap)
 
@@ -179,7 +188,7 @@ def plot_form(
     """
     check_flags(bar=bar)
     drawn = draw_form(form, image, heatmap)
-    ax = new_axes() if ax is None else ax
+    ax = axes_or_new(ax)
     ax.imshow(np.asarray(drawn))
     ax.set_axis_off()
     if bar and form in ("heatmap", "overlay"):
@@ -192,7 +201,7 @@ def add_colour_bar(axes: Axes | Sequence[Axes], one: float) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    scale = one or 1.0
+    scale = check_number("one", one) or 1.0
     shown = ScalarMappable(Normalize(-scale, scale), ListedColormap(_on_white(np.linspace(-1, 1, 256))))
     first: Any = axes[0] if isinstance(axes, Sequence) else axes
     drawn = first.figure.colorbar(shown, ax=axes, shrink=0.85, extend="both", ticks=[-scale, 0, scale])
@@ -200,11 +209,15 @@ def add_colour_bar(axes: Axes | Sequence[Axes], one: float) -> None:
     drawn.set_label(f"relevance; beyond the {PERCENTILE:g}th percentile, full colour", fontsize=8)
 
 
-def new_axes(width: float = 4, height: float = 4) -> Axes:
-    """Axes of a new figure, of a size in inches, that pyplot does not know."""
+def axes_or_new(ax: Axes | None, width: float = 4, height: float = 4) -> Axes:
+    """The axes; where there are none, those of a new figure, of a size in inches, that pyplot does not know."""
+    from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    check_kind("ax", ax, (Axes, type(None)), "matplotlib Axes, or None")
+    if ax is not None:
+        return ax
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()

@@ -10,8 +10,9 @@ import numpy as np
 from crp.checks import check_number
 from crp.errors import NameNotFoundError
 from crp.image.colours import AGAINST, FOR
-from crp.image.forms import new_axes
+from crp.image.forms import axes_or_new
 from crp.image.pixels import Picture, imgify
+from crp.kinds import check_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,6 +55,9 @@ def plot_graph(
     KeyError
         If an edge names a node that no column has.
     """
+    check_kind("columns", columns, Sequence, "a list of dicts of nodes")
+    check_kind("titles", titles, Sequence, "a list of words")
+    check_kind("edges", edges, Mapping, "a dict of numbers by (key, key)")
     places: dict[Any, tuple[float, float]] = {}
     tallest = max((len(column) for column in columns), default=1)
     for x, column in enumerate(columns):
@@ -63,7 +67,7 @@ def plot_graph(
         if unknown := [key for key in edge if key not in places]:
             raise NameNotFoundError(f"the edge {edge} names {unknown[0]!r}, which is in no column")
         check_number(f"the relevance of the edge {edge}", value)
-    ax = new_axes(2.2 * len(columns), 1.3 * tallest + 0.5) if ax is None else ax
+    ax = axes_or_new(ax, 2.2 * len(columns), 1.3 * tallest + 0.5)
     _draw_edges(ax, places, edges)
     for x, column in enumerate(columns):
         if x < len(titles):

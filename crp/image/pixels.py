@@ -23,6 +23,7 @@ from crp.checks import check_number
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
 from crp.image.reading import _check_shown, _in_eight_bits
+from crp.values import check_form
 from crp.wording import counted, shortened
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -126,7 +127,7 @@ def overlay(
     check_number("alpha", alpha)
     if not 0 <= alpha <= 1:
         raise InputError(f"'alpha' must be between [0, 1], got {alpha}")
-    within = not isinstance(image, Image.Image) and bool(image.min() >= 0 and image.max() <= 1)
+    within = isinstance(image, Tensor | np.ndarray) and bool(image.min() >= 0 and image.max() <= 1)
     low, high = (0.0, 1.0) if within else (None, None)
     drawn = _in_eight_bits(image) if isinstance(image, Image.Image) else imgify(image, "gray", low, high)
     below = drawn.convert("L").convert("RGB")
@@ -156,6 +157,7 @@ def _array(image: Tensor | Array) -> Array:
     """Array that numpy can calculate with."""
     if not isinstance(image, Tensor):
         return image
+    check_form(image, "the image")
     image = image.detach().cpu().resolve_conj().resolve_neg()
     return (image.float() if image.dtype in (torch.bfloat16, torch.float16) else image).numpy()
 
@@ -219,7 +221,8 @@ def _check_grid(grid: bool | Sequence[int], n_images: int) -> None:
 def _to_bytes(array: Array, vmin: Bound, vmax: Bound, symmetric: bool, axes: tuple[int, ...]) -> Array:
     """Map [vmin, vmax] to 0...255; where the range is a single value, to the middle if symmetric, else to 0."""
     for name, bound in (("vmin", vmin), ("vmax", vmax)):
-        if bound is not None and not (np.asarray(bound).dtype.kind in "buif" and np.isfinite(bound).all()):
+        given = np.asarray(0 if bound is None else bound)
+        if given.dtype.kind not in "uif" or not (given.size and np.isfinite(given).all()):
             raise InputError(f"{name} must be a finite number, not {shortened(bound)}")
     array = array.astype(np.float64)
     least, greatest = zimage.interval_norm_bounds(array, symmetric=symmetric, dim=axes)

@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from crp.errors import InputError, InputTypeError
+from crp.kinds import check_kind
+from crp.values import check_form
 
 #: Modes of Pillow with more than 8 bits a channel.
 _DEEP = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I", "F"})
@@ -40,6 +42,7 @@ def as_viewed(picture: Image.Image) -> Image.Image:
     ValueError
         If floating-point pixels are NaN or infinite.
     """
+    check_kind("picture", picture, Image.Image, "a PIL image")
     return _in_eight_bits(ImageOps.exif_transpose(picture))
 
 
@@ -72,6 +75,8 @@ def _check_shown(values: Tensor | NDArray[Any], what: str) -> None:
         raise InputError(f"{what} is empty: its shape is {tuple(values.shape)}")
     if values.is_complex() if isinstance(values, Tensor) else values.dtype.kind not in "buif":
         raise InputTypeError(f"{what} must be real numbers to have a colour, not of {values.dtype}")
+    if isinstance(values, Tensor):
+        check_form(values, what)
     broken = (~torch.isfinite(values)).sum() if isinstance(values, Tensor) else (~np.isfinite(values)).sum()
     if broken:
         raise InputError(f"{what} has {int(broken)} of {n_values} values that are not finite, which have no colour")

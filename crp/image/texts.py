@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from crp.checks import check_number
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.image.colours import AGAINST, FOR, POWER
+from crp.kinds import check_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,6 +65,8 @@ class TextHeatmap:
     scale: float | None = None
 
     def __post_init__(self) -> None:
+        check_kind("words", self.words, Sequence, "the words of a text")
+        check_kind("special", self.special, Iterable, "places in a text")
         if self.scale is not None:
             check_number("scale", self.scale, 0)
         object.__setattr__(self, "special", frozenset(map(self._place, self.special)))
@@ -72,8 +75,8 @@ class TextHeatmap:
                 object.__setattr__(self, name, self._place(place))
         if self.relevance is None:
             return
-        if np.iscomplexobj(self.relevance):
-            raise InputTypeError("the relevance of a text has complex numbers, which have no colour")
+        if (kind := np.asarray(self.relevance).dtype).kind not in "buif":
+            raise InputTypeError(f"the relevance of a text must be real numbers to have a colour, not of {kind}")
         values = np.asarray(self.relevance, np.float64)
         object.__setattr__(self, "relevance", values)
         if values.shape != (len(self.words),):
@@ -83,6 +86,7 @@ class TextHeatmap:
 
     def _place(self, place: int) -> int:
         """Place of a token, of which negative ones count from the end."""
+        check_number("a place in a text", place, whole=True)
         if not -len(self.words) <= place < len(self.words):
             raise OutOfRangeError(f"a text of {len(self.words)} tokens has none at {place}")
         return place % len(self.words)
@@ -144,6 +148,7 @@ def text_html(text: TextHeatmap) -> str:
     str
         A ``<p>`` with the styles in it, for notebooks and pages of one's own.
     """
+    check_kind("text", text, TextHeatmap, "a TextHeatmap")
     spans = []
     for place, (word, strength) in enumerate(zip(text.words, text.strengths, strict=True)):
         red, green, blue = (round(255 * part) for part in (FOR if strength >= 0 else AGAINST))
@@ -196,6 +201,8 @@ def plot_texts(texts: TextHeatmap | Sequence[TextHeatmap], captions: Sequence[st
     """
     from matplotlib.figure import Figure
 
+    check_kind("texts", texts, (TextHeatmap, Sequence), "a TextHeatmap, or a list of them")
+    check_kind("captions", captions, (Sequence, type(None)), "a list of words")
     shown = [texts] if isinstance(texts, TextHeatmap) else list(texts)
     if not shown:
         raise InputError("texts is empty; give at least one")

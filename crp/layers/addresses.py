@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from crp.errors import InputTypeError
+from crp.kinds import check_kind
 from crp.layers import OfThread
 from crp.layers.interrupts import atomic
 
@@ -52,6 +53,7 @@ class Address(NamedTuple):
     @classmethod
     def of(cls, name: str, known: Collection[str]) -> Address:
         """Read a name; one that means nothing in ``known`` is the name of a layer that the model lacks."""
+        check_kind("a layer", name, str, "named as in model.named_modules()")
         if name in known:
             return cls(name)
         begin, _, digits = name.rpartition("#")

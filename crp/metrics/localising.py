@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from crp.errors import InputError, InputTypeError
+from crp.values import check_form
 
 
 def pointing_game(heatmaps: Tensor, masks: Tensor) -> Tensor:
@@ -150,6 +151,7 @@ def _flat(heatmaps: Tensor) -> Tensor:
         raise InputTypeError(f"heatmaps must be a tensor of real numbers, not {heatmaps!r:.60}")
     if heatmaps.dim() < 2 or not heatmaps.numel():
         raise InputError(f"heatmaps must be of shape (samples, *space), not {tuple(heatmaps.shape)}")
+    check_form(heatmaps, "heatmaps")
     flat = heatmaps.detach().flatten(1).to(torch.promote_types(heatmaps.dtype, torch.float32))
     if not flat.isfinite().all():
         wrong = (~flat.isfinite().all(1)).nonzero().flatten().tolist()

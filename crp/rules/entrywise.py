@@ -127,8 +127,9 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
     if axis is not None and (name in _ALONG or (known.has("copies") and name != "clone")):
         return _along(op, made[id(x)], axis) if len(op.inputs) == 1 else None
     if known.has("copies") and name not in _STACKING:
-        is_moved = len(made) == len(op.inputs) == 1 and name not in _SEVERAL and op.args[:1] and not op.overwrites
-        return _moved(op, made[id(x)]) if is_moved else None
+        is_moved = len(op.inputs) == 1 and name not in _SEVERAL and op.args[:1] and not op.overwrites
+        below = made.get(id(x)) or _Entrywise(_sources(noted[id(x)]), frozenset((noted[id(x)],)), False, False)
+        return _moved(op, below) if is_moved else None
     new_axis = _new_axis(op, tensors) if name in _STACKING else axis
     if new_axis == 0 or not (known.has("elementwise") or name in _CONDITIONS | _STACKING):
         return None

@@ -141,7 +141,7 @@ class Gate(_Shared):
 
 
 def _checked(mode: Gates) -> Gates:
-    if mode not in ("signal", "split"):
+    if not isinstance(mode, str) or mode not in ("signal", "split"):
         raise InputError(f'gates are held constant ("signal") or take half ("split"); got {mode!r}')
     return mode
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from crp.flags import check_flags
+from crp.kinds import check_kind
 from crp.layers import evaluating, find_layers, modules_of, unwrap
 from crp.layers.addresses import Address
 from crp.layers.misfits import telling_misfits
@@ -243,6 +244,7 @@ class ModelGraph:
         KeyError
             If a layer is not in the model; the message gives the nearest names.
         """
+        check_kind("layer_names", layer_names, Iterable, "a list of layers")
         names = list(layer_names)
         for name in names:
             self._record.address(name, "layer_names")
@@ -313,6 +315,7 @@ def trace_model_graph(
     ['0']
     """
     check_flags(debug=debug)
+    check_kind("layer_names", layer_names, Iterable, "a list of layers")
     names, known = list(layer_names), modules_of(unwrap(model))
     find_layers(unwrap(model), [Address.of(name, known).layer for name in names], "layer_names")
     arguments = sample if isinstance(sample, tuple) else (sample,)

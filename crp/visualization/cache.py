@@ -13,6 +13,7 @@ from PIL import Image
 from crp.compat.folders import replacing
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags
+from crp.kinds import as_path
 from crp.notices import kind_of
 from crp.visualization.table.fingerprint import fingerprint_composite
 
@@ -31,7 +32,7 @@ class Cache:
     """
 
     def __init__(self, path: str | Path = "cache") -> None:
-        self.path = Path(path)
+        self.path = as_path("path", path)
         if any(place.is_file() for place in (self.path, *self.path.parents)):
             raise InputError(f"{path} cannot be a folder, since it is, or is in, a file; give another path")
 
@@ -223,10 +224,6 @@ def from_cache(
         ``(ids, ranks) -> {id: value}``
     overwrite : bool
         Whether all are computed.
-
-    Returns
-    -------
-    dict of id to value
     """
     layer, mode, *rest = where
     held: dict[Any, Any] = {}

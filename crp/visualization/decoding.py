@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Subset
 
+from crp.checks import check_choice
 from crp.engine.backward import lacks_memory
 from crp.errors import InputError, InputTypeError, LoadingError, OutOfRangeError, StateError
 from crp.image.reading import as_viewed
@@ -86,8 +87,7 @@ class Decoded(Encoded):
         mode: str = "RGB",
         device: torch.device | str = "cpu",
     ) -> None:
-        if mode not in ("RGB", "L"):
-            raise InputError(f"mode must be 'RGB' or 'L', not {mode!r}")
+        check_choice("mode", mode, Literal["RGB", "L"])
         self.dataset = indexed(dataset)
         inner = _check_folder(self.dataset)
         self.transform = getattr(inner, "transform", None) if transform is None else transform

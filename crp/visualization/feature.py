@@ -16,11 +16,13 @@ from crp.checks import check_number
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import ChannelConcept, Concept, as_ids
+from crp.concepts.base import check_masks
 from crp.engine.door import check_attribution, check_device
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError, LoadingError
 from crp.flags import check_flags, check_function
-from crp.notices import kind_of, warn
+from crp.kinds import as_path, check_kind
+from crp.notices import warn
 from crp.visualization.cache import Cache
 from crp.visualization.mining.datasets import SampleError, of_loader
 from crp.visualization.mining.job import SHARD_BATCHES, MiningKeywords, RunKeywords
@@ -119,19 +121,14 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         if not isinstance(layer_map, Mapping):
             layer_map = {layer: ChannelConcept() for layer in layer_map}
         for layer, concept in layer_map.items():
-            if isinstance(concept, type):
-                raise InputTypeError(f"layer_map[{layer!r}] is a class; it must be an instance: {concept.__name__}()")
-            if not callable(getattr(concept, "mask", None)):
-                raise InputTypeError(
-                    f"layer_map[{layer!r}] must be a concept, such as ChannelConcept(); not {kind_of(concept)}"
-                )
+            check_masks(f"layer_map[{layer!r}]", concept)
         check_function("preprocess_fn", preprocess_fn, "samples")
         self.dataset = of_loader(dataset)
         self.layer_map = layer_map
         self.preprocess_fn = preprocess_fn
         self.attribution = attribution
         self.device = check_device(device, "device") or attribution.device
-        self.path = Path(path)
+        self.path = as_path("path", path)
         self.RelMax = Maximization("relevance", max_target, abs_norm, path)
         self.ActMax = Maximization("activation", max_target, abs_norm, path)
         self.RelStats = Statistics("relevance", max_target, abs_norm, path)
@@ -279,7 +276,8 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
                 f"num_workers={num_workers} loads dataset[i] in other processes, where {type(self).__name__}."
                 "get_data_sample does not run; wrap the dataset instead, or load with num_workers=0"
             )
-        check_number("checkpoint", checkpoint, 1, whole=True)
+        for name, number in (("checkpoint", checkpoint), ("batch_size", batch_size)):
+            check_number(name, number, 1, whole=True)
         (begin,) = as_ids([data_start], what="data_start")
         (stop,) = as_ids([len(self.dataset) if data_end is None else data_end], what="data_end")
         own = function_of(self.multitarget_to_single)
@@ -296,6 +294,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         }
         if taken := [name for name in options if name in settings]:
             raise InputTypeError(f"{taken[0]} is said by FeatureVisualization itself; mine() takes it")
+        check_kind("recipe", options.get("recipe"), (Mapping, type(None)), "a dict")
         recipe = {"preprocess": in_words(self.preprocess_fn)} | dict(options.get("recipe") or {})
         keywords: dict[str, Any] = {**settings, **options, "start": begin, "stop": stop, "recipe": recipe}
         try:
@@ -376,10 +375,9 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         return Path(importlib.import_module("crp.visualization.report").write_report(self, composite, path, **options))
 
 
-def table_of(fv: object, *layers: str) -> Table:
+def table_of(fv: Any, *layers: str) -> Table:
     """Table of a `FeatureVisualization` in which layers are; anything else is refused."""
-    if not isinstance(fv, FeatureVisualization):
-        raise InputTypeError(f"fv must be a FeatureVisualization, not {type(fv).__name__}")
+    check_kind("fv", fv, FeatureVisualization, "a FeatureVisualization")
     table = Table.open(fv.path)
     for layer in layers:
         fv._concept(layer)

@@ -15,6 +15,7 @@ from crp.attribution import CondAttribution
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids, mask_of
 from crp.concepts.reading import initial_relevance_of, starts_by_code
+from crp.engine.attached import check_composite
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags, check_function
 from crp.notices import warn
@@ -128,6 +129,7 @@ def checked(request: tuple[Any, ...], r_range: Any) -> tuple[PictureRequest, tup
     """A request and its ranks, if they can be drawn."""
     picture = PictureRequest(*request)
     check_flags(rf=picture.rf)
+    check_composite(picture.composite)
     check_function("plot_fn", picture.plot_fn, "samples, heatmaps and rf")
     return picture, _check_ranks(r_range)
 

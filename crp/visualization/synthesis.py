@@ -13,7 +13,7 @@ What is maximized is an `Objective`. Objectives add up: ``channel("features.28",
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from zennit.core import Composite
 
 from crp.checks import check_number
+from crp.concepts import as_ids
 from crp.engine.attached import check_composite, put_on
 from crp.engine.door import check_seed
 from crp.engine.forward import ForwardPass, tensor_in
@@ -32,6 +33,7 @@ from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags, check_function
+from crp.kinds import check_kind
 from crp.layers import unwrap
 from crp.notices import kind_of, warn
 from crp.visualization.objectives import OUTPUT as OUTPUT
@@ -173,10 +175,6 @@ def maximize(
     **settings
         As the attributes of `SynthesisSettings`, such as ``steps=100``.
 
-    Returns
-    -------
-    Synthesis
-
     Raises
     ------
     KeyError
@@ -193,6 +191,7 @@ def maximize(
     torch.Size([3, 4])
     """
     check_flags(verbose=verbose)
+    check_function("decoder", decoder, "codes")
     _check(model, objective, shape, composite, seed)
     if unknown := [name for name in settings if name not in SynthesisKeywords.__annotations__]:
         raise InputTypeError(
@@ -296,7 +295,7 @@ def _variation(images: Tensor, axes: tuple[int, ...], beta: float) -> Tensor:
 def _check(model: nn.Module, objective: object, shape: object, composite: object, seed: object) -> None:
     if not isinstance(objective, Objective):
         raise InputTypeError(f"objective must be an Objective, such as log_probability(3), not {objective!r}")
-    if not isinstance(shape, Iterable) or len(sizes := list(shape)) < 2 or any(n < 1 for n in sizes):
+    if len(sizes := as_ids(shape, what="shape")) < 2 or any(n < 1 for n in sizes):
         raise InputError(f"shape must be (images, *shape of an image or code), not {shape!r}")
     check_composite(composite)
     check_layers(unwrap(model), sorted(objective.layers - {OUTPUT}), "layer")
@@ -305,6 +304,7 @@ def _check(model: nn.Module, objective: object, shape: object, composite: object
 
 def _spread(name: str, value: Tensor | float, shape: Sequence[int], like: Tensor) -> Tensor:
     # (a number is not rounded to torch's default dtype first)
+    check_kind(name, value, (Tensor, int, float), "a number or a tensor")
     tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     check_data(tensor[None])
     try:

@@ -99,8 +99,8 @@ WRONG = {
     "clusters of none": (lambda m: clusters(torch.rand(9, 2), n=0, n_neighbours=2), "n must be a whole number"),
     "as many clusters": (lambda m: clusters(torch.rand(9, 2), n=9, n_neighbours=2), "cannot be in 9 clusters"),
     "more clusters": (lambda m: clusters(torch.rand(9, 2), n=10, n_neighbours=2), "cannot be in 10 clusters"),
-    "heatmaps of no visualization": (lambda m: keep_heatmaps(m, None, 0), "must be a FeatureVisualization, not Sequ"),
-    "interventions on none": (lambda m: interventions(m, None, "0", [0]), "must be a FeatureVisualization, not Sequ"),
+    "heatmaps of no visualization": (lambda m: keep_heatmaps(m, None, 0), "must be a FeatureVisualization, not a Sequ"),
+    "interventions on none": (lambda m: interventions(m, None, "0", [0]), "must be a FeatureVisualization, not a Sequ"),
     "batches of none": (
         lambda m: context_scores(
             CondAttribution(m), DATA, [0] * 3, EpsilonPlus(), "0", ChannelConcept(), [0], DATA[:, 0] > 0, batch_size=0

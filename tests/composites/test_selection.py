@@ -281,7 +281,10 @@ class Uninitialised(Rule):
         (lambda: Composite(layer_map={nn.Linear: Epsilon()}), r"layer_map is a list of pairs \(what, rule\), such as"),
         (lambda: Composite(layer_map=[nn.Linear]), r"layer_map is a list .*; <class 'torch.*Linear'> is no pair"),
         (lambda: Composite(layer_map=[(nn.Linear, Epsilon(), "fc")]), r"layer_map is a list .*, 'fc'\) is no pair"),
-        (lambda: EpsilonPlusFlat(layer_map={"fc": Epsilon()}), "layer_map is a list of pairs .*; 'fc' is no pair$"),
+        (
+            lambda: EpsilonPlusFlat(layer_map={"fc": Epsilon()}),
+            "layer_map is a list of pairs .*; {'fc': .*} is no pair$",
+        ),
         (lambda: EpsilonPlusFlat(layer_map=("fc", Epsilon())), "layer_map is a list of pairs .*; 'fc' is no pair$"),
         (lambda: Composite(layer_map=[(nn.Linear, "epsilon")]), r"such as Epsilon\(\), or None; not 'epsilon'"),
         (

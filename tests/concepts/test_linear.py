@@ -240,6 +240,9 @@ def test_names():
         (lambda: DirectionConcept(drawn(1, 2, 3)), r"not \(1, 2, 3\)"),
         (lambda: DirectionConcept([[1.0, float("nan")]]), "directions must be finite, without NaN"),
         (lambda: DirectionConcept(drawn(2, C), drawn(3, C)), r"dual has blocks of \(1, 1, 1\) vectors of 5 channels"),
+        (lambda: DirectionConcept([[1.0, 0.0], [0.0, 0.0]]), "direction 1 is all zeros, .* leave it out"),
+        (lambda: DirectionConcept(drawn(2, C), torch.zeros(2, C)), "direction 0 is all zeros, or its dual is"),
+        (lambda: SubspaceConcept([drawn(2, C), torch.zeros(2, C)]), "subspace 1 is all zeros"),
         (lambda: DirectionConcept(drawn(2, C), axis=0), "axis must be a whole number, and not 0"),
         (lambda: DirectionConcept(drawn(2, C), names=["a"]), "names must be a list of 2 names, one for each concept"),
         (lambda: DirectionConcept(drawn(2, C), names="ab"), "a list of 2 names, .* not 'ab'"),
@@ -252,7 +255,7 @@ def test_names():
         (lambda: DirectionConcept(drawn(2, C)).code(drawn(1, 4)), r"the layer gives \(1, 4\); .*5 channels on axis 1"),
         (lambda: DirectionConcept(drawn(2, C)).mask(0, 0, "fc")(drawn(1, 4)), r"layer 'fc' gives \(1, 4\)"),
     ],
-    ids=range(15),
+    ids=range(18),
 )  # fmt: skip
 def test_what_is_wrong_is_said(make, message):
     with pytest.raises(ValueError, match=message):

@@ -137,7 +137,7 @@ def test_places_of_a_text_count_from_the_end_as_well() -> None:
         ({"special": frozenset({0, 9})}, "a text of 4 tokens has none at 9"),
         ({"scale": -1.0}, "scale must be a number of at least 0, not -1.0"),
         ({"scale": float("nan")}, "scale must be a number of at least 0, not nan"),
-        ({"relevance": np.ones(4) + 1j}, "complex numbers, which have no colour"),
+        ({"relevance": np.ones(4) + 1j}, "must be real numbers to have a colour, not of complex128"),
         ({"relevance": np.ones(3)}, r"a text of 4 tokens has relevance of shape \(3,\)"),
         ({"relevance": np.full(4, np.nan)}, "values that are not finite, which have no colour"),
     ],

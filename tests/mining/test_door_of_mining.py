@@ -38,7 +38,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a list of layers": ({"layer_map": ["conv"]}, "layer_map must map layers to concepts"),
     "an unknown layer": ({"layer_map": {"conv9": ChannelConcept()}}, "'conv9' not found in model"),
     "a class of concepts": ({"layer_map": {"conv": ChannelConcept}}, "must be a concept, such as ChannelConcept"),
-    "composite": ({"composite": "epsilon_plus"}, "composite must be a zennit or crp composite, or None"),
+    "composite": ({"composite": "epsilon_plus"}, "composite must be None, or a composite of crp.composites or zennit"),
     "mode": ({"modes": ["relevances"]}, "modes must be among 'relevance', 'activation'"),
     "mode in a word": ({"modes": "relevance"}, "modes must be among"),
     "no kind": ({"kinds": []}, "kinds must be among"),

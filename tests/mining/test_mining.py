@@ -543,7 +543,7 @@ class Empty:
         ({"layer_map": {}}, ValueError, "layer_map must map layers"),
         ({"layer_map": ["conv"]}, ValueError, "layer_map must map layers"),
         ({"layer_map": {"conv": ChannelConcept}}, TypeError, r"layer_map\['conv'\] must be a concept"),
-        ({"composite": "epsilon_plus"}, TypeError, "composite must be a zennit or crp composite, or None; not 'eps"),
+        ({"composite": "epsilon_plus"}, TypeError, "composite must be None, or a composite of .* not 'eps"),
         ({"start": 5, "stop": 5}, ValueError, "the range 5 to 5 must be within the dataset, 0 to 21, and not empty"),
         ({"stop": 22}, ValueError, "the range 0 to 22"),
         ({"start": -1}, ValueError, "the range -1 to 21"),

@@ -18,6 +18,7 @@ from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.engine import backward as engine
 from crp.engine.forward import ForwardPass
+from crp.errors import InputError
 from crp.layers import tracing
 from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining import loading
@@ -27,6 +28,7 @@ from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
 from crp.visualization.mining.targets import choose_targets, parse_targets
 from crp.visualization.mining.text_batches import Asked
+from crp.visualization.table.ranking import class_means, class_statistics
 
 
 class Items:
@@ -195,6 +197,12 @@ def test_streams_and_splits_are_refused_before_any_work(tmp_path: Path, dataset:
     assert not (tmp_path / "a").exists()
 
 
+def test_an_error_without_words_is_told_by_its_kind() -> None:
+    assert [Problem.of(error).reason for error in (InputError(""), InputError("\n"), ValueError())] == [
+        "InputError:", "InputError:", "ValueError:"
+    ]  # fmt: skip
+
+
 # --- targets --------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +213,8 @@ def test_streams_and_splits_are_refused_before_any_work(tmp_path: Path, dataset:
         ("top-2", lambda out: [sorted(row.argsort(descending=True)[:2].tolist()) for row in out]),
         ("all", lambda out: [[0, 1, 2]] * len(out)),
         ([2, 0], lambda out: [[0, 2]] * len(out)),
+        (np.array([2, 0]), lambda out: [[0, 2]] * len(out)),
+        (torch.tensor([2, 0]), lambda out: [[0, 2]] * len(out)),
     ],
 )
 def test_targets_that_are_not_the_labels(tmp_path: Path, targets: Any, chosen: Any) -> None:
@@ -267,10 +277,20 @@ def test_of_equal_outputs_the_smaller_class_is_predicted() -> None:
         choose_targets("prediction", attribution, Asked.of(torch.ones(2, 3, 1), None))
 
 
-@pytest.mark.parametrize("targets", ["top-0", "top", "labels", [], [-1], [1.0], [True], None, 3])
+@pytest.mark.parametrize(
+    "targets", ["top-0", "top", "labels", [], [-1], [1.0], [True], None, 3, np.array([-1]), np.ones(2)]
+)
 def test_targets_that_are_none(tmp_path: Path, targets: Any) -> None:
     with pytest.raises(ValueError, match="targets must be 'label', 'prediction', 'top-5', 'all', or a list"):
         parse_targets(targets)
+
+
+def test_labels_of_two_classes_may_be_of_numpy(tmp_path: Path) -> None:
+    flags = [i % 2 == 0 for i in range(6)]
+    wanted = run(tmp_path / "a", Data(6, flags))
+    found = run(tmp_path / "b", Data(6, [np.bool_(flag) for flag in flags]))
+    same_rows(found, wanted)
+    assert found.samples().label == wanted.samples().label == [1, 0, 1, 0, 1, 0]
 
 
 def test_single_targets_are_for_labels(tmp_path: Path) -> None:
@@ -338,6 +358,15 @@ def _concept() -> Any:
     from crp.concepts import ChannelConcept
 
     return ChannelConcept()
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_table_without_labels_has_statistics_of_no_class(tmp_path: Path, cache: bool) -> None:
+    table = run(tmp_path, Data(12, [None] * 12), modes=["activation"])
+    of_concept = class_statistics(table, "conv", 1, "activation", cache=cache)
+    assert [len(column) for column in of_concept] == [0, 0]
+    means = class_means(table, "conv", "activation", cache=cache)
+    assert means.value.shape == (0, table.n_concepts("conv")) and not len(means.targets) and not len(means.rows)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

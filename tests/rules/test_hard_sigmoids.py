@@ -178,6 +178,11 @@ BY_EXPONENTIALS = {
     "selected": (torch.sigmoid, lambda a: torch.stack([a, 0 * a]).softmax(0).index_select(0, ORDER[1:2])[0]),
     "in_another_order": (lambda a: F.hardsigmoid(a)[:, ORDER], lambda a: F.relu6(a + 3)[:, ORDER] / 6),
     "gathered": (lambda a: F.hardsigmoid(a)[:, ORDER], lambda a: (a + 3).gather(1, ORDER.expand(3, 6)).clamp(0, 6) / 6),
+    "moved_exponentials": (
+        lambda a: 1 / (a.sigmoid() ** 2 + 2),
+        lambda a: 1 / ((1 / (1 + (-a).exp().flatten().view_as(a))) ** 2 + 2),
+    ),
+    "dropout_in_evaluation": (F.hardsigmoid, lambda a: (F.dropout(F.relu(a + 3), training=False) - F.relu(a - 3)) / 6),
     "rest": (torch.sigmoid, lambda a: 1 - torch.stack([a, 0 * a], 1).softmax(1)[:, 1]),
     "logarithm": (F.logsigmoid, lambda a: torch.stack([a, 0 * a], -1).log_softmax(-1)[..., 0]),
     "one_more_elu": (one_more_elu, lambda a: torch.where(a > 0, a + 1, a.exp())),

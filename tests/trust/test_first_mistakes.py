@@ -6,23 +6,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import crp
 from crp.attribution import CondAttribution
-from crp.audit import collect, intervene
+from crp.audit import (
+    audit,
+    collect,
+    embed_references,
+    inside_boxes,
+    intervene,
+    part_of,
+    redundancy,
+    save_audit,
+    save_clusters,
+)
 from crp.cache import ImageCache
-from crp.composites import EpsilonPlus
+from crp.canonizers import for_model
+from crp.composites import DeepLift, EpsilonPlus
 from crp.concept_graph import AttributionGraph
-from crp.concepts import AxisConcept, ChannelConcept, Concept
+from crp.concepts import AxisConcept, ChannelConcept, Concept, mask_of, relevance_in
 from crp.errors import CRPError
 from crp.graph import trace_model_graph
-from crp.helper import get_layer_names
-from crp.image import imgify, plot_grid
-from crp.visualization import FeatureVisualization
+from crp.helper import get_layer_names, load_maximization, load_receptive_field
+from crp.image import (
+    TextHeatmap,
+    draw_contour,
+    draw_heatmap,
+    get_crop_range,
+    imgify,
+    max_norm,
+    overlay,
+    plot_form,
+    plot_grid,
+    text_html,
+)
+from crp.maximization import Maximization
+from crp.metrics import sparseness
+from crp.outputs import with_logits
+from crp.visualization import FeatureVisualization, Table, maximize
 from crp.visualization.mining.run import mine
+from crp.visualization.objectives import logit
 
 NET = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).eval()
 PICTURES = torch.rand(2, 1, 6, 6)
@@ -102,6 +129,96 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
 def test_mistakes_are_told_in_words(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(CRPError, match=message):
         call()
+
+
+META = PICTURES.to("meta")
+CONCEPT = ChannelConcept()
+#: Things of another kind, which had raised errors of Python, numpy or torch.
+OF_ANOTHER_KIND: dict[str, tuple[Callable[..., Any], str]] = {
+    "no path of a cache": (lambda: ImageCache(None), "path must be a path, such as 'results', not None"),
+    "no folder": (lambda: load_maximization(None, "1"), "path_folder must be a path, .*, not None"),
+    "no table": (lambda: Table.discard(3), "a table is given as .*; not 3"),
+    "no layer of a file": (lambda: load_receptive_field("x", None), "layer_name must be the name of a layer, not None"),
+    "no folder of results": (lambda: Maximization(path=3), "path must be a path, .*, not an int"),
+    "no references": (lambda: embed_references(None, "1", [0], len), "fv must be a FeatureVisualization, not None"),
+    "no attribution": (
+        lambda: audit(None, PICTURES, None, None, CONCEPT),
+        r"must be CondAttribution\(model\), not None",
+    ),
+    "no concept": (lambda: part_of(None, PICTURES, [0]), "concept must be a concept, .*; not None"),
+    "a class as concept": (lambda: mask_of(ChannelConcept), r"must be an instance: ChannelConcept\(\)"),
+    "no method of a concept": (lambda: mask_of(CONCEPT, "x"), "method must be one of 'mask', 'mask_rf', not 'x'"),
+    "no result": (lambda: relevance_in(CONCEPT, None, "1"), "result must be what an attribution gives, not None"),
+    "no layer": (lambda: relevance_in(CONCEPT, RESULT, ["1"]), r"layer \['1'\] was not recorded"),
+    "no scores": (lambda: CONCEPT.scores([1.0]), "what layer None gives must be a tensor, not a list"),
+    "no clusters": (lambda: save_clusters("x", None, "1", 0), r"found must be what clusters\(.*\) gives, not None"),
+    "no audit": (lambda: save_audit("x", None, []), r"found must be what prototypes\(table, layer\) gives, not None"),
+    "no list of layers": (lambda: trace_model_graph(NET, PICTURES, None), "layer_names must be a list of layers"),
+    "no names of layers": (lambda: trace_model_graph(NET, PICTURES, [3]), "a layer must be named as in .*, not an int"),
+    "no shape of boxes": (lambda: inside_boxes(torch.ones(1, 4), 3), "shape must be a height and a width, not an int"),
+    "no map": (
+        lambda: EpsilonPlus(layer_map=None),
+        r"layer_map is a list of pairs \(what, rule\), .*; None is no pair",
+    ),
+    "an array of gates": (lambda: EpsilonPlus(gates=np.array(["split"])), "gates are held constant"),
+    "no model": (lambda: for_model("net"), "model must be a torch.nn.Module, not a str"),
+    "no detector": (lambda: with_logits(None), "detector must be a detector of torchvision, not None"),
+    "no heatmap": (lambda: max_norm(None), "rel must be a tensor, not None"),
+    "no threshold": (lambda: get_crop_range(PICTURE[0], None), "crop_th must be a finite number, not None"),
+    "no colours": (lambda: draw_contour(PICTURE, PICTURE[0], []), "colours must be a list of .red, green, blue., not"),
+    "a size": (lambda: draw_heatmap(PICTURE[0], 6), r"size must be \(height, width\), not an int"),
+    "no axes": (lambda: plot_form(PICTURE, PICTURE[0], ax="ax"), "ax must be matplotlib Axes, or None, not a str"),
+    "no words": (lambda: TextHeatmap(None), "words must be the words of a text, not None"),
+    "a heatmap of a text": (lambda: text_html("a"), "text must be a TextHeatmap, not a str"),
+    "a bound": (lambda: overlay(PICTURE, PICTURE[0], vmin=True), "vmin must be a finite number, not True"),
+    "an image on meta": (lambda: imgify(META[0]), "the image is on the meta device, where tensors have no values"),
+    "heatmaps on meta": (lambda: sparseness(META), "heatmaps is on the meta device"),
+    "a target on meta": (lambda: crp.explain("gradient", NET, PICTURES, META[:, 0, 0, :2]), "is on the meta device"),
+    "a start on meta": (
+        lambda: CondAttribution(NET)(PICTURES, [{"y": 0}], init_rel=META[:, 0, 0, :2]),
+        "init_rel is on the meta device",
+    ),
+    "a reference on meta": (
+        lambda: CondAttribution(NET)(PICTURES, [{"y": 0}], DeepLift(reference=META)),
+        "the reference is on the meta device",
+    ),
+    "ids on meta": (lambda: part_of(CONCEPT, PICTURES, META[0].long()), "concept ids is on the meta device"),
+    "numbers on meta": (lambda: redundancy(META), "is on the meta device"),
+    "a target of words": (
+        lambda: crp.explain("gradient", NET, PICTURES, np.array(["a"])),
+        "target must be a class, a list",
+    ),
+    "no decoder": (lambda: maximize(NET, logit(0), (1, 1, 6, 6), decoder="x"), "decoder must be a function of codes"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), OF_ANOTHER_KIND.values(), ids=OF_ANOTHER_KIND)
+def test_what_is_of_another_kind_is_told_in_words(call: Callable[..., Any], message: str) -> None:
+    with pytest.raises(CRPError, match=message):
+        call()
+
+
+def test_a_table_and_pictures_are_asked_in_words(tmp_path: Path) -> None:
+    fv = FeatureVisualization(CondAttribution(NET), [(x, 0) for x in PICTURES], ["1"], path=tmp_path / "fv")
+    fv.run(EpsilonPlus(), progress=False)
+    fv.Cache, table = ImageCache(tmp_path / "cache"), Table.open(fv.path)
+    calls = {
+        r"layer_c_ind must be a dict of concept ids by layer, .*, not None": lambda: fv.precompute_ref(
+            None, EpsilonPlus()
+        ),
+        "composite must be None, or a composite": lambda: fv.get_max_reference([0], "1", composite=[]),
+        "recipe must be a dict, not a str": lambda: fv.run(EpsilonPlus(), recipe="x"),
+        "fingerprints must be a dict, not a str": lambda: mine(
+            fv.attribution, PICTURES, fv.layer_map, None, tmp_path / "other", fingerprints="x"
+        ),
+        "batch_size must be a whole number": lambda: fv.run(EpsilonPlus(), batch_size=None),
+        "stop must be a whole number": lambda: table.coverage(0, "all"),
+        "samples must be numbers of samples, not an int": lambda: next(table.blocks("1", samples=3)),
+        "the table in .*": lambda: table.n_concepts(np.array(["1", "2"])),
+    }
+    for message, call in calls.items():
+        with pytest.raises(CRPError, match=message):
+            call()
 
 
 NETS_IN_PLACE: dict[str, Callable[[], Any]] = {

@@ -115,7 +115,7 @@ def test_a_layer_that_was_not_mined_is_named(tmp_path):
 def test_an_unknown_mode_is_named(tmp_path, call):
     fv = mined(tmp_path)
     arguments = (0, "first", 1) if call == "get_stats_reference" else (0, "first")
-    with pytest.raises(ValueError, match=r"`mode` must be `relevance` or `activation`, not 'rel'"):
+    with pytest.raises(ValueError, match="mode must be one of 'relevance', 'activation', not 'rel'"):
         getattr(fv, call)(*arguments, mode="rel")
 
 

@@ -18,20 +18,21 @@ import crp
 from crp.attribution import CondAttribution
 from crp.checks import check_choice, check_number
 from crp.concepts import Concept
-from crp.engine.attached import composite_on
+from crp.engine.attached import check_composite, composite_on
 from crp.engine.door import check_attribution, check_device
-from crp.engine.encoding import Encoding
+from crp.engine.encoding import is_product, propagation_of
 from crp.engine.independence import check_independent, check_keeps_nothing
 from crp.engine.inputs import Inputs
 from crp.engine.taps import check_layers, in_model_order
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_flags, check_function
+from crp.kinds import as_path, check_kind
 from crp.notices import kind_of, warn
 from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.encoded import Encoded, encoded_in, files_of, on_device
 from crp.visualization.mining.identity import probe
-from crp.visualization.mining.recipe import make_recipe
+from crp.visualization.mining.recipe import fingerprint_attribution, make_recipe
 from crp.visualization.mining.targets import Targets, check_has, count_outputs, parse_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
@@ -165,7 +166,7 @@ class MiningOptions:
             raise InputTypeError(f"mining has no option {unknown[0]!r}; there are {', '.join(known)}")
         given: dict[str, Any] = {**keywords}
         for name, least in (("batch_size", 1), ("shard_size", 1), ("num_workers", 0)):
-            if name in given and (name, given[name]) != ("shard_size", None):
+            if name in given and not (name == "shard_size" and given[name] is None):
                 given[name] = check_number(name, given[name], least, whole=True)
         options = cls(**given)
         switches = ("mixed_shapes", "retry_skipped", "overwrite", "progress")
@@ -173,8 +174,10 @@ class MiningOptions:
         lists = {"modes": (options.modes, MODES), "kinds": (options.kinds, KINDS)}
         for name, (words, known_words) in lists.items():
             is_list = isinstance(words, Collection) and not isinstance(words, str)
-            if not is_list or not words or not all(word in known_words for word in words):
+            if not is_list or not len(words) or not all(word in known_words for word in words):
                 raise InputError(f"{name} must be among {', '.join(map(repr, known_words))}; not {words!r}")
+        for name in ("recipe", "fingerprints"):
+            check_kind(name, getattr(options, name), (Mapping, type(None)), "a dict")
         check_choice("on_error", options.on_error, Literal["stop", "skip"])
         check_choice("storage", options.storage, Storage)
         for name, function in (("preprocess", options.preprocess), ("single_targets", options.single_targets)):
@@ -237,8 +240,7 @@ def prepare(
     dataset = indexed(dataset)
     check_attribution(attribution)
     concepts = _in_order(attribution, layer_map)
-    if composite is not None and not isinstance(composite, Composite):
-        raise InputTypeError(f"composite must be a zennit or crp composite, or None; not {composite!r}")
+    check_composite(composite)
     checked = MiningOptions.of(options)
     if "relevance" in checked.modes:
         _check_multipliers(attribution, concepts, composite)
@@ -264,7 +266,7 @@ def prepare(
         dataset=files_of(dataset),
         concepts=concepts,
         composite=composite,
-        path=Path(path),
+        path=as_path("path", path),
         header=_header(attribution, dataset, concepts, composite, checked, recipe),
         shape=None if checked.mixed_shapes or texts is not None else tuple(first.shape[1:]),
         dtype=first.dtype,
@@ -281,9 +283,9 @@ def _check_multipliers(
     attribution: CondAttribution, concepts: Mapping[str, Concept], composite: Composite | None
 ) -> None:
     """Refuse concepts that need multipliers under composites that have none."""
-    encoding = Encoding.of(composite_on(attribution.model, composite))
+    asked = propagation_of(composite_on(attribution.model, composite))
     for layer, concept in concepts.items():
-        if getattr(concept, "needs_multiplier", False) and not encoding.is_product:
+        if getattr(concept, "needs_multiplier", False) and not is_product(asked):
             raise InputTypeError(
                 f"layer_map[{layer!r}]: {concept!r} needs multipliers, whose product with activation is relevance; "
                 f"{composite!r} has none. Use one of crp.composites, such as EpsilonPlus or GradientTimesInput"
@@ -321,6 +323,8 @@ def _header(
     }
     if targets != "label":
         make["targets"] = lambda: fingerprint(targets)
+    if mark := fingerprint_attribution(attribution):
+        make["attribution"] = lambda: mark
     if attribution.output is not None:
         make["output"] = lambda: fingerprint(attribution.output)
     if (encoded := encoded_in(dataset)) is not None:
@@ -329,7 +333,8 @@ def _header(
         make["shapes"] = lambda: fingerprint("mixed")
     known = dict(options.fingerprints or {})
     probes = {} if "dataset" in known else probe(files_of(dataset))
-    if differing := [index for index, mark in probes.items() if mark.startswith("(")]:
+    readings = probes if encoded is None else probe(dataset, map(int, probes))  # (files stay as they are)
+    if differing := [index for index, mark in readings.items() if mark.startswith("(")]:
         warn(
             f"dataset[{differing[0]}] gives other data at every reading, as under a random transform: what is "
             "shown later is not what is mined. Take random transforms off the dataset"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from crp.flags import is_flag
 from crp.visualization.table.fingerprint import fingerprint
 
 #: Sums that the content of a sample is hashed by; a prime, so that rows of a picture do not fall on each other.
@@ -33,14 +34,20 @@ class Source(NamedTuple):
     name: str
 
 
+def _behind(dataset: Any, index: int) -> tuple[Any, int]:
+    """Dataset inside of a `torch.utils.data.Subset`, and the index of a sample there; anything else as it is."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    return dataset, index
+
+
 def source_of(dataset: Any, index: int) -> Source | None:
     """File of a sample, where the dataset tells it.
 
     Datasets of this package have a method ``source``, torchvision's folders a list ``samples`` and a ``root``; of a
     `torch.utils.data.Subset` the dataset inside is asked.
     """
-    while isinstance(dataset, Subset):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
+    dataset, index = _behind(dataset, index)
     if callable(own := getattr(dataset, "source", None)):
         found = own(index)
         return found if isinstance(found, Source) else None
@@ -48,8 +55,8 @@ def source_of(dataset: Any, index: int) -> Source | None:
     if isinstance(listed, list) and isinstance(root, str | Path) and index < len(listed):
         path = listed[index][0] if isinstance(listed[index], tuple) and listed[index] else None
         if isinstance(path, str | Path):
-            inside = Path(path).is_relative_to(root)
-            return Source(str(root), Path(path).relative_to(root).as_posix() if inside else str(path))
+            is_below = Path(path).is_relative_to(root)
+            return Source(str(root), Path(path).relative_to(root).as_posix() if is_below else str(path))
     return None
 
 
@@ -120,7 +127,7 @@ def _entries_as_bytes(data: Tensor) -> _Bytes:
 def plain_label(label: Any) -> int | float | str | list[int] | None:
     """Label as JSON holds it: a class, classes, a number or a word; None for all else."""
     try:
-        return operator.index(label)
+        return int(label) if is_flag(label) else operator.index(label)
     except (TypeError, ValueError, RuntimeError):
         pass
     if isinstance(label, str):

@@ -10,19 +10,21 @@ from itertools import islice
 from operator import index, itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.concepts import ChannelConcept
+from crp.concepts import ChannelConcept, as_ids
 from crp.engine.attached import put_on
 from crp.engine.conditions import Rows
-from crp.engine.encoding import Encoding
+from crp.engine.encoding import propagation_of
 from crp.engine.forward import check_one_entry, record_outputs
 from crp.engine.results import Part
 from crp.engine.settings import Reading, Settings
 from crp.errors import InputError, OutOfRangeError
+from crp.flags import is_flag
 from crp.layers import hooked
 from crp.types import AttributionResults
 from crp.visualization.mining.text_batches import Asked
@@ -45,8 +47,10 @@ def parse_targets(targets: Targets) -> str | tuple[int, ...]:
     if isinstance(targets, str):
         if targets in ("label", "prediction", "all") or _TOP.fullmatch(targets):
             return targets
-    elif isinstance(targets, Sequence) and targets and all(type(t) is int and t >= 0 for t in targets):
-        return tuple(sorted({*targets}))
+    elif isinstance(targets, Sequence | Tensor | np.ndarray):
+        with suppress(TypeError):
+            if min(ids := as_ids(targets), default=-1) >= 0:
+                return tuple(sorted({*ids}))
     raise InputError(f"targets must be 'label', 'prediction', 'top-5', 'all', or a list of classes; not {targets!r}")
 
 
@@ -64,7 +68,7 @@ def to_targets(label: Any, single_targets: Callable[[Any], Iterable[Any]] | None
     found = []
     for target in targets:
         try:
-            found.append(index(target))
+            found.append(int(target) if is_flag(target) else index(target))
         except TypeError:
             what = "label" if single_targets is None else "target"
             raise InputError(
@@ -150,7 +154,7 @@ def check_has(targets: Sequence[int], n_outputs: int | None) -> None:
 
 def keeps_graph(composite: Composite | None) -> bool:
     """Whether rules are part of autograd's graph, so that several backward passes can use one forward pass."""
-    return composite is None or Encoding.of(composite).multiplier
+    return composite is None or propagation_of(composite).encoding == "multiplier"
 
 
 def calls_itself(attribution: CondAttribution) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import is_flag
+from crp.kinds import check_kind
 from crp.visualization.table.contents import ABOUT, SAMPLE_COLUMNS
 from crp.visualization.table.manifest import Array, ShardRecord, TableCorruptError
 from crp.visualization.table.shards import open_shard
@@ -102,6 +103,7 @@ def sample_numbers(samples: Iterable[int], n_samples: int) -> Array:
     TypeError, IndexError
         If they are no whole numbers, or not of these samples.
     """
+    check_kind("samples", samples, Iterable, "numbers of samples")
     given = np.asarray(list(samples))
     if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
         raise InputTypeError(f"samples must be whole numbers, not {given.reshape(-1)[0]!r}")

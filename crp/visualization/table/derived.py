@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from crp.errors import InputError
+from crp.kinds import check_kind
 from crp.visualization.table.columns import _class_number
 from crp.visualization.table.files import check_file, check_folder, make_own_folder, write_atomic
 from crp.visualization.table.manifest import KEPT, Array, TableCorruptError, TableMismatchError, TableNotFoundError
@@ -160,6 +161,7 @@ def list_kept(table: Table | str | Path) -> list[KeptResult]:
 def _path(table: Table, kind: str, layer: str, of_class: int | None) -> Path:
     if kind not in KEPT_KINDS:
         raise InputError(f"kind must be one of {', '.join(KEPT_KINDS)}; not {kind!r}")
+    check_kind("layer", layer, str, "the name of a layer")
     key = hashlib.sha256(json.dumps([layer, of_class]).encode()).hexdigest()[:16]
     return table.path / "derived" / f"{kind}-{key}.safetensors"
 

@@ -36,7 +36,7 @@ class Question:
     def __post_init__(self) -> None:
         check_flags(normed=self.normed, per_class=self.per_class)
         for name, value, known in (("mode", self.mode, MODES), ("kind", self.kind, KINDS)):
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 raise InputError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from crp.checks import check_number
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
 from crp.layers import LayerNotFoundError
@@ -44,7 +45,7 @@ from crp.visualization.table.manifest import (
 )
 from crp.visualization.table.manifest import TableError as TableError
 from crp.visualization.table.recipe import _tell_changes, _tell_others
-from crp.visualization.table.shards import Query, check_shard, count_rows, read_blocks, read_record, read_rows
+from crp.visualization.table.shards import check_shard, count_rows, read_blocks, read_record, read_rows
 
 #: What to do about a table of something else.
 ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
@@ -111,7 +112,7 @@ class Table:
     @staticmethod
     def discard(path: str | Path) -> None:
         """Delete the table in a folder, if there is one, and nothing else."""
-        manifest = Path(path) / "manifest.json"
+        manifest = as_folder(path) / "manifest.json"
         if manifest.is_dir() and not manifest.is_symlink():
             check_file(manifest)
         manifest.unlink(missing_ok=True)
@@ -173,7 +174,7 @@ class Table:
         ValueError
             If the table has no rows yet.
         """
-        if layer not in self.layers:
+        if not isinstance(layer, str) or layer not in self.layers:
             raise LayerNotFoundError(layer, self.layers, where=f"the table in {self.path}")
         for shard in self.shards:
             if layer in shard.concepts:
@@ -200,7 +201,9 @@ class Table:
 
     def coverage(self, start: int = 0, stop: int | None = None) -> Coverage:
         """Which samples of a range were mined, skipped and missed; of the whole dataset by default."""
-        return get_coverage(self.shards, start, self.n_samples if stop is None else stop)
+        start = check_number("start", start, 0, whole=True)
+        stop = check_number("stop", self.n_samples if stop is None else stop, 0, whole=True)
+        return get_coverage(self.shards, start, stop)
 
     def rows(self) -> RowIds:
         """Sample and target of every row, in the order of `blocks`."""
@@ -254,13 +257,13 @@ class Table:
         """
         check_flags(normed=normed)
         for name, given, there in (("mode", mode, self.modes), ("kind", target, self.kinds)):
-            if given not in there:
+            if not isinstance(given, str) or given not in there:
                 raise InputError(f"{name} {given!r} was not mined into {self.path}, which has {', '.join(there)}")
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
         wanted = None if samples is None else sample_numbers(samples, self.n_samples)
-        query = Query(layer, mode, target, normed, columns, _class_number(of_class), wanted)
-        return read_blocks(self.path / "shards", self.shards, query)
+        asked = layer, mode, target, normed, columns, _class_number(of_class), wanted
+        return read_blocks(self.path / "shards", self.shards, *asked)
 
     def column(
         self, layer: str, concept: int, mode: str = "relevance", target: str = "sum", normed: bool = False
@@ -280,7 +283,7 @@ class Table:
 
         Where the recipe tells how many outputs the model has, targets are compared with that number.
         """
-        problems = self._damaged(again=True)
+        problems = self.problems(again=True)
         model = self.header.recipe.get("model")
         outputs = model.get("outputs") if isinstance(model, Mapping) else None
         if not isinstance(outputs, int):
@@ -295,11 +298,13 @@ class Table:
 
     def damaged(self) -> list[str]:
         """What is wrong with shards; those that this process has read or written are only asked for size and time."""
-        return list(self._damaged().values())
+        return list(self.problems().values())
 
-    def _damaged(self, again: bool = False) -> dict[str, str]:
+    def problems(self, shards: Iterable[ShardRecord] | None = None, *, again: bool = False) -> dict[str, str]:
+        """What is wrong with some or all shards, by their files; ``again`` reads those that were read, too."""
+        check_flags(again=again)
         problems = {}
-        for shard in self.shards:
+        for shard in self.shards if shards is None else shards:
             try:
                 check_shard(self.path / "shards", shard, again=again)
             except TableCorruptError as error:
@@ -358,7 +363,7 @@ class Table:
 
     def drop_damaged(self) -> list[str]:
         """Forget shards whose files are missing or damaged, so that their samples count as missing; returns why."""
-        if problems := self._damaged():
+        if problems := self.problems():
             self._change([shard for shard in self.shards if shard.file not in problems])
         return list(problems.values())
 
