@@ -239,10 +239,7 @@ class SeeingMode(TorchFunctionMode):
         return isinstance(value, Tensor) and not value.requires_grad and self.notes.of(value) is not None
 
     def _of_activation(self, choice: Choice, op: Operation, is_sent: bool) -> Choice:
-        """Rule of activations, if relevance is sent through one as it is, unless another one is meant for the call.
-
-        Where the ordinary chain rule is not the method for activations, it is none for a call that makes one, either.
-        """
+        """Rule of activations, if relevance is sent through one; else whether the chain rule is the method for one."""
         other = self.choose(activation(op.known.name), "activation")
         if is_sent and other.rule is not None and other.rule.is_identity and other.number <= choice.number:
             return other
