@@ -79,6 +79,48 @@ def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
     return (direction(left) * direction(right)).sum(dim)
 
 
+def _bag(
+    add: object,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`F.embedding_bag`: sums, means or maxima of rows of a table, for bags of ids, which may be of several lengths."""
+    if max_norm is not None or not isinstance(mode, str):
+        raise NotImplementedError("embedding_bag() is known as torch.nn.functional calls it, without max_norm")
+    there, shares = torch.ones_like(input, dtype=torch.bool), per_sample_weights
+    if offsets is not None:
+        ends = torch.cat([offsets[1:], offsets.new_tensor([len(input)] * (not include_last_offset))])[:, None]
+        places = offsets[: len(ends), None] + torch.arange(int((ends[:, 0] - offsets[: len(ends)]).max()))
+        there, places = places < ends, torch.where(places < ends, places, 0)
+        input, shares = input[places], None if shares is None else shares[places]
+    if padding_idx is not None:
+        there = there & (input != padding_idx % len(weight))
+    rows = F.embedding(input, weight)
+    if shares is not None:
+        return (shares.masked_fill(~there, 0)[:, None] @ rows)[:, 0]
+    if mode == "max":
+        largest = rows.masked_fill(~there[..., None], -math.inf).amax(1)
+        return largest.masked_fill(~there.any(1)[:, None], 0)
+    summed = rows.masked_fill(~there[..., None], 0).sum(1)
+    return summed / there.sum(1, keepdim=True).clamp_min(1) if mode == "mean" else summed
+
+
+def _while(add: object, is_on: Callable[..., Any], step: Callable[..., Any], carried: Any, others: Any = ()) -> Any:
+    """`torch.while_loop`, step by step."""
+    while is_on(*carried, *others):
+        carried = step(*carried, *others)
+    return carried
+
+
 #: By name of the function; they give NotImplemented for arguments for which they are not written.
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "var": _variance,
@@ -96,6 +138,9 @@ STEPS: dict[str, Callable[..., Any]] = {
     "addcmul": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 * tensor2, alpha=value, **out),
     "addcdiv": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 / tensor2, alpha=value, **out),
     "lerp": lambda add, input, end, weight, **out: add(input, weight * (end - input), **out),
+    "cond": lambda add, is_so, then, otherwise, operands=(): (then if is_so else otherwise)(*operands),
+    "while_loop": _while,
+    "embedding_bag": _bag,
     "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
     **{name: lambda add, *args, steps=steps, **keywords: steps(*args, **keywords) for name, steps in RECURRENT.items()},
 }
