@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from crp.checks import check_number
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
 from crp.layers import LayerNotFoundError
@@ -201,9 +200,7 @@ class Table:
 
     def coverage(self, start: int = 0, stop: int | None = None) -> Coverage:
         """Which samples of a range were mined, skipped and missed; of the whole dataset by default."""
-        start = check_number("start", start, 0, whole=True)
-        stop = check_number("stop", self.n_samples if stop is None else stop, 0, whole=True)
-        return get_coverage(self.shards, start, stop)
+        return get_coverage(self.shards, start, self.n_samples if stop is None else stop)
 
     def rows(self) -> RowIds:
         """Sample and target of every row, in the order of `blocks`."""
