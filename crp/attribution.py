@@ -294,14 +294,11 @@ class CondAttribution:
         return Call.plan(self.model, self.device, data, conditions, composite, *means)
 
     def _overrides(self) -> Overrides:
-        own, select_output = CondAttribution, self.select_output
-        return Overrides(
-            select_output=select_output if self.output is not None else _unless(own.select_output, select_output),
-            relevance_init=_unless(own.relevance_init, self.relevance_init),
-            heatmap_modifier=_unless(own.heatmap_modifier, self.heatmap_modifier),
-            broadcast=_unless(own.broadcast, self.broadcast),
-            backward=_unless(own.backward, self.backward),
-        )
+        methods = {name: getattr(self, name) for name in Overrides.__dataclass_fields__}
+        own = {n: m for n, m in methods.items() if getattr(m, "__func__", None) is not vars(CondAttribution)[n]}
+        if self.output is not None:
+            own["select_output"] = self.select_output
+        return Overrides(**own)
 
     def relevance_init(self, prediction: Tensor, target_list: Sequence[Any] | None, init_rel: Any) -> Tensor:
         """Initial relevance; override it to start from anything else.
@@ -389,8 +386,3 @@ class CondAttribution:
     def _show(parts: Iterator[AttributionResults], n_parts: int, verbose: bool) -> Iterator[AttributionResults]:
         for _ in tqdm(range(n_parts), disable=not verbose, dynamic_ncols=True):
             yield next(parts)
-
-
-def _unless(inherited: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Method of an object, unless it is the inherited one."""
-    return None if getattr(method, "__func__", None) is inherited else method

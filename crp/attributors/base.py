@@ -21,7 +21,7 @@ from crp.composites import Gradient as GradientComposite
 from crp.concepts import ChannelConcept
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.conditions import MaskMap
-from crp.engine.encoding import Encoding
+from crp.engine.encoding import Propagation, propagation_of, write
 from crp.engine.forward import check_one_entry, tensor_in
 from crp.engine.inputs import Data, Explain, Inputs, Tensors
 from crp.engine.taps import changed_at, check_changed_once
@@ -152,7 +152,7 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             Name of a layer to record, which the forward pass must call.
         """
         composite = self._composite()
-        explained = _Explained(self.model, target, Encoding.of(composite))
+        explained = _Explained(self.model, target, propagation_of(composite))
         record_layer = [] if record is None else [record]
         result = explained.explain(inputs, self.condition, composite, record_layer, self.mask_map)
         if record is not None and record not in result.relevances:
@@ -173,8 +173,8 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
             if recorded.multipliers is not None:
                 return returned.output, (recorded.multipliers[layer],)
             found, values = (recorded.relevances[layer],), (recorded.activations[layer],)
-        write = Encoding.of(self._composite()).write
-        return returned.output, tuple(write(r, x.to(r)) for r, x in zip(found, values, strict=True))
+        asked = propagation_of(self._composite())
+        return returned.output, tuple(write(asked, r, x.to(r)) for r, x in zip(found, values, strict=True))
 
     def layer_output(self, inputs: Inputs, layer: str) -> Tensor:
         """What a layer gives under the composite, of shape (samples, *layer shape)."""
@@ -272,16 +272,15 @@ class Attributor(zennit.attribution.Attributor):  # type: ignore[misc]
 class _Explained(CondAttribution):
     """The engine with a target of any kind; its heatmap is the relevance of the input in its own shape."""
 
-    def __init__(self, model: nn.Module, target: Target, encoding: Encoding) -> None:
+    def __init__(self, model: nn.Module, target: Target, asked: Propagation) -> None:
         super().__init__(model)
         self.MODEL_OUTPUT_NAME = "<output>"  # (layers may have any name)
-        self.target, self.encoding = target, encoding
+        self.target, self.asked = target, asked
         #: Outputs of the model, whatever of them is explained, each time that one is read.
         self.outputs: list[Tensor] = []
         # A score that is a further layer of the model starts from one, exactly, also where an output is 0.
-        self.appended = (
-            encoding.multiplier and not encoding.from_one and target.layer is None and not isinstance(target, Start)
-        )
+        is_output = target.layer is None and not isinstance(target, Start)
+        self.appended = is_output and asked.encoding == "multiplier" and asked.initial != "one"
 
     def explain(
         self,
@@ -314,7 +313,7 @@ class _Explained(CondAttribution):
 
     def _initial(self, output: Tensor) -> Tensor:
         weights = self.target.weights(output)
-        return weights if self.encoding.as_multiplier or self.encoding.from_one else weights * output
+        return weights if self.asked.readout == "multiplier" or self.asked.initial == "one" else weights * output
 
 
 def _target(target: Any) -> Target:

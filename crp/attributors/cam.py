@@ -21,7 +21,7 @@ from crp.checks import check_choice, check_number
 from crp.composites import GuidedBackprop
 from crp.concepts import ChannelConcept
 from crp.engine.conditions import MaskMap
-from crp.engine.encoding import Encoding
+from crp.engine.encoding import propagation_of, write
 from crp.engine.inputs import Data, Inputs, Tensors
 from crp.engine.masks import apply_masks, row_masks
 from crp.engine.taps import check_layers
@@ -135,7 +135,7 @@ class LayerCAM(Attributor):
                     f"layer {self.layer!r} has the output shape {tuple(activation.shape)}, which has no positions; "
                     "name a layer of shape (samples, channels, *space), such as the last convolution"
                 )
-            gradient = Encoding.of(self._composite()).write(gradient, activation)
+            gradient = write(propagation_of(self._composite()), gradient, activation)
             # (a condition on the layer itself masks what comes after it was recorded)
             if self.layer in self.condition:
                 own = {row: {self.layer: self.condition[self.layer]} for row in range(len(gradient))}

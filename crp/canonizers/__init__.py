@@ -5,7 +5,7 @@ from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
 from crp.canonizers.batchnorm import MergeBatchNorm
-from crp.canonizers.norms import has_batch_norm
+from crp.canonizers.norms import _has_batch_norm
 from crp.kinds import check_kind
 
 __all__ = ["Canonizer", "MergeBatchNorm", "Reporting", "for_model"]
@@ -32,4 +32,4 @@ def for_model(model: nn.Module) -> list[Canonizer]:
     []
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module")
-    return [MergeBatchNorm()] if has_batch_norm(model) else []
+    return [MergeBatchNorm()] if _has_batch_norm(model) else []

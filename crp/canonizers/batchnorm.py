@@ -16,7 +16,7 @@ from zennit.canonizers import Canonizer
 from zennit.core import RemovableHandleList
 
 from crp.canonizers.folding import fold
-from crp.canonizers.norms import _rest_of, has_batch_norm, is_batch_norm, obstacle
+from crp.canonizers.norms import _has_batch_norm, _rest_of, is_batch_norm, obstacle
 from crp.canonizers.places import Place, Plan, Side, _Candidate, _Linear, _merge_obstacle, _plan_of
 from crp.layers import OfThread, tracing
 from crp.layers.interrupts import undivided
@@ -75,7 +75,7 @@ class MergeBatchNorm(Canonizer):  # type: ignore[misc]
         """
         instance = self.copy()
         try:
-            if has_batch_norm(root_module):
+            if _has_batch_norm(root_module):
                 instance.register(root_module)
         except BaseException:
             instance.remove()

@@ -38,7 +38,7 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or _is_frozen(module)
 
 
-def has_batch_norm(model: nn.Module) -> bool:
+def _has_batch_norm(model: nn.Module) -> bool:
     """Whether any part of a model is a batch norm, or has the statistics of one; it looks no further than the first."""
     seen: set[nn.Module | None] = {None}
     todo: list[nn.Module | None] = [model]

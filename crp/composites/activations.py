@@ -29,11 +29,8 @@ def _may_be_activation(module: nn.Module) -> bool:
 
 @lru_cache(maxsize=4096)
 def _is_of_the_user(kind: Any) -> bool:
-    return not (
-        kind.__module__.startswith(("torch.", "crp."))
-        or issubclass(kind, torch.jit.ScriptModule)
-        or kind.forward is nn.Module.forward
-    )
+    is_known = kind.__module__.startswith(("torch.", "crp.")) or issubclass(kind, torch.jit.ScriptModule)
+    return not (is_known or kind.forward is nn.Module.forward)
 
 
 def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> _Found:
@@ -48,7 +45,7 @@ def _one_activation(module: nn.Module, args: Sequence[Any], kwargs: dict[str, An
     if not _may_be_activation(module) or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
         return None
     answers, key = _answers.setdefault(module, {}), _key(module, args[0])
-    if key is not None and key in answers:
+    if key in answers:
         return answers[key]
     probe = _Probe()
     functions = _probed(module, args[0], probe)
@@ -102,7 +99,7 @@ def _probed(module: nn.Module, data: Tensor, probe: _Probe) -> _Found:
             output = module.forward(data)
         if not isinstance(output, Tensor) or output.shape != leaf.shape:
             return None
-        probe.notes.read([output], [], probe.note_unseen)
+        probe.notes.read([output], [], probe._unseen)
         if not probe.is_seen:
             probe.reads_others = True  # (another time, its values may be others)
             x, y = leaf.detach(), output.detach()
@@ -171,8 +168,6 @@ class _Probe(SeeingMode):
             self.functions.append(op.known)
         return result
 
-    def note_unseen(self, tensor: Tensor, is_changed: bool) -> None:
+    def _unseen(self, tensor: Tensor, is_changed: bool) -> None:
         """Note that a tensor was made unseen, or comes from outside the module."""
         self.is_seen = False
-
-    _unseen = note_unseen

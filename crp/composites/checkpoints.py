@@ -29,6 +29,7 @@ from crp.layers.interrupts import atomic
 from crp.layers.lasting import Shared
 from crp.layers.nested import changed, tensors_in
 from crp.layers.repeated import repeated
+from crp.layers.state import random_states
 from crp.rules.mode import SeeingMode
 from crp.rules.notes import FIRST
 
@@ -156,7 +157,7 @@ def _looks_inside(mode: Any, inputs: Sequence[Tensor]) -> bool:
     mode._note_reading(inputs)
     matching, flags = mode.matching, [mode.notes.flags(tensor) for tensor in inputs]
     is_first = any(entry.first for entry in matching.entries) and any(known & FIRST for known in flags)
-    watched = mode.attachment.account is not None or mode.seen is not None or mode.references.is_used()
+    watched = mode.attachment.account is not None or mode.seen is not None or mode.references.is_on
     return is_first or watched or bool(matching.positions) or bool(mode.notes.tolerant)
 
 
@@ -222,20 +223,18 @@ class _Surroundings:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._kinds = list(dict.fromkeys(["cpu", device.type]))
-        self._random = torch.get_rng_state()
-        devices = [device] if device.type == "cuda" else []
-        self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices}
-        self._casts = [(torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in self._kinds]
+        self._device, self._random = device, list(random_states([device]))
+        kinds = dict.fromkeys(["cpu", device.type])
+        self._casts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
     @atomic
     def again(self) -> Iterator[None]:
         """Context in which they are as they were."""
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(list(self._random_on)))
-            torch.set_rng_state(self._random)
-            for device, state in self._random_on.items():
-                torch.cuda.set_rng_state(state, device)
-            for kind, (dtype, is_enabled) in zip(self._kinds, self._casts, strict=True):
-                stack.enter_context(torch.autocast(kind, dtype, is_enabled))
+            for state, put_back in random_states([self._device]):
+                stack.callback(put_back, state)
+            for state, put_back in self._random:
+                put_back(state)
+            for cast in self._casts:
+                stack.enter_context(torch.autocast(*cast))
             yield

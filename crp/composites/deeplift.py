@@ -217,9 +217,9 @@ class DeepLift(Composite):
         if output is not None and differing:
             warn(
                 f"DeepLift finds other constants than for the reference in {', '.join(differing)}: they depend on the "
-                "data by a mask, an index, or other numbers through which no relevance flows. What they are worth is "
-                "no input's, so that relevance need not sum to the output's difference. Choose a reference, such as a "
-                "function of the data, for which they are the same"
+                "data by a mask, an index, a choice of layers, or other numbers through which no relevance flows. What "
+                "they are worth is no input's, so that relevance need not sum to the output's difference. Choose a "
+                "reference, such as a function of the data, for which they are the same"
             )
         if output is None or not outside:
             return

@@ -175,8 +175,15 @@ class _Preset(LRP):
         attention: Attention,
         rules: _Rules,
     ) -> None:
-        maps: Any = {"layer_map": layer_map, "first_map": first_map, "zero_params": zero_params}
-        super().__init__(canonizers, **maps, gates=gates, attention=attention, **rules)
+        super().__init__(
+            canonizers,
+            layer_map=layer_map,
+            first_map=first_map,
+            zero_params=zero_params,
+            gates=gates,
+            attention=attention,
+            **rules,
+        )
 
 
 class _EpsilonPreset(_Preset):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from crp.composites.origins import Origins
-from crp.composites.selection import OF_MODULE, MapEntry, _fits, _is_counted
+from crp.composites.selection import OF_MODULE, MapEntry, _is_counted
 from crp.errors import InputTypeError, StateError
 from crp.rules import Rule, Whole
 from crp.rules.functions import AFFINE, Function, look_up
@@ -139,7 +139,7 @@ class Matching:
 
     def _positions(self, known: Function, kind: str, operands: Operands | None) -> Context:
         """Positions that an operation has; it is counted."""
-        fitting = [e for e in self.positions if e.position is not None and _fits(known, kind, e.position.types)]
+        fitting = [entry for entry in self.positions if entry.means(known, kind)]
         layer: object = None
         if fitting and operands is not None and self.origins is not None:
             layer = self.origins.of(operands.weight) or object()  # (calls with the same stored weight are one layer)
@@ -241,13 +241,10 @@ class Matching:
 
 def _is_meant(entry: MapEntry, known: Function, kind: str, several: bool, context: Mapping[int, bool]) -> bool:
     """Whether an entry is for an operation, in the modules and at the positions that ``context`` has."""
-    if entry.position is None and entry.means(known, kind):
-        return True
+    is_meant = entry.means(known, kind)
     if entry.number not in context:  # (the module, or the position, is another)
-        return False
-    if entry.rule is None or (entry.position is not None and _fits(known, kind, entry.position.types)):
-        return True
-    return _treats(entry.rule, known, kind, several, context[entry.number])
+        return is_meant and entry.position is None
+    return entry.rule is None or is_meant or _treats(entry.rule, known, kind, several, context[entry.number])
 
 
 def _treats(rule: Rule, known: Function, kind: str, several: bool, alone: bool) -> bool:

@@ -66,16 +66,9 @@ class Operations(SeeingMode):
         Where all operations are listed, for a report.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        matching: Matching,
-        method: str,
-        attachment: Attachment,
-    ) -> None:
+    def __init__(self, model: nn.Module, matching: Matching, method: str, attachment: Attachment) -> None:
         super().__init__(attachment.notes)
-        self.model, self.method, self.attachment = model, method, attachment
-        self.matching = matching
+        self.model, self.matching, self.method, self.attachment = model, matching, method, attachment
         self.treated = 0
         self.seen: list[SeenOperation] | None = None
         self._wholes: list[_Whole | None] = []
@@ -128,7 +121,7 @@ class Operations(SeeingMode):
         account = account if self.attachment.keeps_constants else None
         if self.matching.is_counting:
             return op.run()
-        if self.references.is_on and self.references.differ(op) and isinstance(self.attachment, Differences):
+        if self.references.is_on and isinstance(self.attachment, Differences) and self.references.differ(op):
             self.attachment.differing[call_in_words(op.known.name, self.innermost())] = None
         if choice.is_method and account is None and self.seen is None:
             return self._read_by(op) if self.attachment.rectifiable else op.function(*op.args, **op.kwargs)
@@ -365,7 +358,7 @@ class Operations(SeeingMode):
             If a rule that takes weights apart is mapped to modules that sum up no weighted inputs.
         """
         untreated, self._untreated = list(self._untreated), {}
-        left = self.references.clear()
+        left, left_without_rule = self.references.clear()
         problem = self.matching.problem(self.model) if completed and self.notes else None
         self._forget()
         if not completed:
@@ -374,6 +367,8 @@ class Operations(SeeingMode):
             raise StateError(f"the model ran {left[0]} for the reference, but not for the data")
         if problem is not None:
             raise problem
+        if isinstance(self.attachment, Differences):
+            self.attachment.differing |= dict.fromkeys(left_without_rule)
         if untreated:
             warn(
                 f"{self.method} has no rule for {', '.join(untreated)}; the ordinary chain rule is used there. Give a "

@@ -2,33 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from numbers import Number
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from crp.errors import StateError
 from crp.layers.interrupts import atomic
-from crp.layers.nested import changed, tensors_in
+from crp.layers.nested import changed
+from crp.layers.state import version_of
 from crp.rules.deeplift import same_values
 from crp.rules.layer import Layer
 from crp.rules.operation import Operation
 
 
+class _Constants:
+    """What a call reads beside what depends on the model's input: tensors, numbers and words, in their order.
+
+    Parameters
+    ----------
+    call : Operation or Layer
+    """
+
+    def __init__(self, call: Operation | Layer) -> None:
+        read = call.args[:1] if call.known.reads_first else (call.args, call.kwargs)
+        self.name, self.shape = call.known.name, next((tensor.shape for tensor in call.inputs), None)
+        self.values = list(_constants_in(read, {id(tensor) for tensor in call.inputs}))
+        if isinstance(call, Operation) and call.overwrites:
+            self.values = [value.clone() if isinstance(value, Tensor) else value for value in self.values]
+        self._versions = [version_of(value) if isinstance(value, Tensor) else None for value in self.values]
+        # (not holding weights, which may be loaded for each call)
+        self.values = [weakref.ref(value) if isinstance(value, nn.Parameter) else value for value in self.values]
+
+    def are_those_of(self, other: _Constants) -> bool:
+        """Whether both are of the same function, and have not changed, as far as that can be known."""
+        is_same = self.name == other.name and len(self.values) == len(other.values)
+        return is_same and all(map(partial(self._is_same, other.shape), self.values, other.values, self._versions))
+
+    def _is_same(self, shape: torch.Size | None, value0: Any, value: Any, version: int | None) -> bool:
+        value0, value = (one() if isinstance(one, weakref.ref) else one for one in (value0, value))
+        if value is value0 or value0 is None:
+            return True
+        if isinstance(value, Tensor) and isinstance(value0, Tensor):
+            is_known = value.shape == value0.shape and version_of(value0) == version
+            return not is_known or same_values(value, value0)
+        # (a whole number may be that of the samples, of which there may be fewer)
+        return type(value) is type(value0) and (value == value0 or (type(value) is int and shape != self.shape))
+
+
 class _ReferenceCalls:
-    """Calls that have a rule, in the order in which the model's pass on the data will meet them.
+    """Calls in the order in which the model's pass on the data will meet them.
 
     Attributes
     ----------
     is_recording : bool
         Whether the model runs on the reference now.
     is_on : bool
-        Whether it does, or has, and constants are to be compared.
+        Whether it does, or has, and calls are to be compared.
     """
 
     def __init__(self) -> None:
         self.is_recording = self.is_on = False
-        self._calls: list[Layer] = []
-        self._constants: list[tuple[str, list[Tensor | float], list[int]]] = []
+        self._calls: list[tuple[Layer, _Constants]] = []
+        self._without_rule: list[_Constants] = []
 
     @atomic
     def recording(self) -> Iterator[None]:
@@ -44,8 +85,8 @@ class _ReferenceCalls:
             self.is_recording = False
 
     def keep(self, layer: Layer) -> None:
-        """Keep a call."""
-        self._calls.append(_detached(layer))
+        """Keep a call that has a rule."""
+        self._calls.append((_detached(layer), _Constants(layer)))
 
     def next_for(self, layer: Layer) -> Layer | None:
         """The same call on the reference; None if there was no such pass.
@@ -57,12 +98,13 @@ class _ReferenceCalls:
         """
         if not self._calls:
             return None
-        reference = self._calls.pop(0)
+        reference, constants = self._calls.pop(0)
         shapes = [[tuple(tensor.shape) for tensor in one.inputs] for one in (layer, reference)]
         of_data, of_reference = (str(layer), str(reference))
         if reference.name == layer.name and not all(map(_comparable, *shapes)):
             of_data, of_reference = (f"{layer} on {of_one}" for of_one in shapes)
         elif reference.name == layer.name:
+            reference.differs = not constants.are_those_of(_Constants(layer))
             return reference
         raise StateError(
             f"the model ran {of_data} for the data, but {of_reference} for the reference: its path depends on the "
@@ -70,39 +112,35 @@ class _ReferenceCalls:
         )
 
     def differ(self, op: Operation) -> bool:
-        """Whether a call without a rule reads other constants than it did for the reference."""
-        read = op.args[:1] if op.known.reads_first else (op.args, op.kwargs)
-        constants: list[Tensor | float] = [value for value in op.args if isinstance(value, float)]
-        constants += [t for t in tensors_in(read) if not op.depends(t) and not isinstance(t, nn.Parameter)]
-        if not constants:
+        """Whether a call without a rule reads other constants than for the reference, or was not made there."""
+        if op.known.properties >= {"copies", "elementwise"}:  # (which a model may leave out, by how tensors lie)
             return False
-        name, versions = op.known.name, [getattr(value, "_version", 0) for value in constants]
         if self.is_recording:
-            if op.overwrites:
-                constants = [value.clone() if isinstance(value, Tensor) else value for value in constants]
-                versions = [0] * len(constants)
-            self._constants.append((name, constants, versions))
+            self._without_rule.append(_Constants(op))
             return False
-        if not self._constants:
-            return True
-        of_reference, others, versions = self._constants.pop(0)
-        return name != of_reference or not all(map(_is_same, constants, others, versions))
+        return not (self._without_rule and self._without_rule.pop(0).are_those_of(_Constants(op)))
 
-    def is_used(self) -> bool:
-        """Whether calls on a reference are kept."""
-        return bool(self._calls)
-
-    def clear(self) -> list[Layer]:
-        """Forget all calls; those that are left."""
-        left, self._calls, self._constants, self.is_on = self._calls, [], [], False
+    def clear(self) -> tuple[list[str], list[str]]:
+        """Forget all calls; functions that are left, which the model did not call for the data: by a rule, or none."""
+        left = [str(layer) for layer, _ in self._calls], [f"{one.name}()" for one in self._without_rule]
+        self._calls, self._without_rule, self.is_on = [], [], False
         return left
 
 
-def _is_same(value: Tensor | float, value0: Tensor | float, version: int) -> bool:
-    """Whether a constant has not changed, as far as that can be known."""
-    if not isinstance(value, Tensor) or not isinstance(value0, Tensor):
-        return isinstance(value, float) and value == value0
-    return value.shape != value0.shape or value0._version != version or same_values(value, value0)
+def _constants_in(value: Any, mine: Collection[int]) -> Iterator[Any]:
+    """Tensors but for ``mine``, numbers and words, also in nested sequences and slices."""
+    if isinstance(value, Tensor):
+        if id(value) not in mine:
+            yield value
+    elif isinstance(value, Number | str):
+        yield value
+    elif isinstance(value, np.ndarray):
+        yield value.tobytes()
+    elif isinstance(value, slice):
+        yield from _constants_in((value.start, value.stop, value.step), mine)
+    elif isinstance(value, list | tuple | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _constants_in(part, mine)
 
 
 def _comparable(shape: tuple[int, ...], of_reference: tuple[int, ...]) -> bool:
@@ -113,18 +151,14 @@ def _comparable(shape: tuple[int, ...], of_reference: tuple[int, ...]) -> bool:
 
 
 def _detached(layer: Layer) -> Layer:
-    # One copy of each tensor, as the model may overwrite tensors later.
-    known: dict[int, Tensor] = {}
-    mine = {id(tensor) for tensor in layer.inputs}
+    """A call with copies of what depends on the model's input, as the model may overwrite it later."""
+    copies = {id(tensor): tensor.detach().clone() for tensor in layer.inputs}
 
     def copied(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known:
-            known[id(tensor)] = tensor.detach().clone() if id(tensor) in mine else tensor.detach()
-        return known[id(tensor)]
+        return copies[id(tensor)] if id(tensor) in copies else tensor.detach()
 
     args, kwargs = changed((tuple(layer.args), dict(layer.kwargs)), copied)
-    inputs = tuple(copied(tensor) for tensor in layer.inputs)
-    output = changed(layer.output, lambda tensor: tensor.detach().clone())
+    inputs, output = tuple(map(copied, layer.inputs)), changed(layer.output, lambda tensor: tensor.detach().clone())
     return Layer(
         layer.function, args, kwargs, inputs, layer.known, place=layer.place, module=layer.module, result=output
     )

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from zennit.canonizers import Canonizer
 
 from crp.canonizers.base import Reporting
-from crp.composites.matching import SeenOperation
 from crp.errors import InputTypeError
 from crp.layers import evaluating, hooked, referencing, tracing
 from crp.layers.misfits import telling_misfits
@@ -121,19 +119,7 @@ class Report:
         return "\n".join([f"{self.composite} on {self.model}", *table, *end])
 
 
-class _Reportable(Protocol):
-    """What the report needs of a composite."""
-
-    applied: list[tuple[Canonizer, Sequence[Canonizer]]]
-
-    def context(self, module: nn.Module) -> AbstractContextManager[nn.Module]:
-        """The composite on a model."""
-
-    def watching(self) -> AbstractContextManager[list[SeenOperation]]:
-        """Record of the operations that depend on the model's input."""
-
-
-def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+def _report_on(composite: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """What a composite does to a model, from one forward pass; see `Composite.report`."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model must be a torch.nn.Module, not {type(model).__name__}; a sample comes after it")
@@ -154,24 +140,14 @@ def _report_on(composite: _Reportable, model: nn.Module, *args: Any, **kwargs: A
             model(*given, **named)
         done = [_done(canonizer, instances) for canonizer, instances in composite.applied]
     told = {name: what for layers, _ in done for name, what in layers.items()}
+    kinds = {name: type(module).__name__ for name, module in modules.items()}
     operations = [
-        _Treated(
-            layer,
-            type(modules[layer]).__name__,
-            call,
-            function,
-            CHAIN_RULE if rule is None else repr(rule),
-            why,
-            told.get(layer),
-        )
+        _Treated(layer, kinds[layer], call, function, CHAIN_RULE if rule is None else repr(rule), why, told.get(layer))
         for layer, call, function, rule, _, why in seen
     ]
-    ran = {operation.layer for operation in operations}
-    kinds = {
-        name: type(module).__name__
-        for name, module in modules.items()
-        if name in ran or name in told or (module._parameters and not calls[name])
-    }
+    shown = {operation.layer for operation in operations} | told.keys()
+    shown |= {name for name, module in modules.items() if module._parameters and not calls[name]}
+    kinds = {name: kind for name, kind in kinds.items() if name in shown}
     left = dict.fromkeys(call_in_words(one.operation, one.layer) for one in seen if not one.is_method)
     return Report(
         repr(composite),

@@ -189,9 +189,15 @@ class MapEntry:
         return self.selector if isinstance(self.selector, First | Depth) else None
 
     @cached_property
+    def types(self) -> Types | None:
+        """Types of modules that it means, whatever their position; None if it means none by their type."""
+        types = self.selector if self.position is None else self.position.types
+        return types if _is_types(types) else None
+
+    @property
     def is_address(self) -> bool:
         """Whether it may mean modules."""
-        return isinstance(self.selector, str | First | Depth) or _is_types(self.selector)
+        return isinstance(self.selector, str) or self.types is not None
 
     def modules(self, modules: Mapping[str, nn.Module]) -> list[str]:
         """Names of the modules that it means by name, pattern or type.
@@ -211,9 +217,8 @@ class MapEntry:
             names = [selector] if selector in modules else fnmatch.filter(modules, selector)
             if not names:
                 raise LayerNotFoundError(selector, modules, self.role)
-        elif self.is_address:
-            types = selector if self.position is None else self.position.types
-            names = [name for name, module in modules.items() if _is_addressed(module, types)]
+        elif self.types is not None:
+            names = [name for name, module in modules.items() if _is_addressed(module, self.types)]
         else:
             return []
         never = [name for name in names if _has_no_forward(modules[name])] if isinstance(self.rule, Whole) else []
@@ -228,10 +233,8 @@ class MapEntry:
             return kind == selector.name
         if isinstance(selector, Having):
             return known.has(selector.name)
-        if isinstance(selector, First | Depth):
-            return _fits(known, kind, selector.types)
-        if _is_types(selector):
-            return _fits(known, kind, selector)
+        if self.types is not None:  # (an affine operation that modules of these call)
+            return kind in AFFINE and known.example is not None and _is_one_of(known.example, self.types)
         return known.canonical in map(canonical, self.functions)
 
     def means_module(self, module: type) -> bool:
@@ -244,17 +247,12 @@ class MapEntry:
         selector = self.selector
         if isinstance(selector, Functions):
             return list(selector.names)
-        if isinstance(selector, str | First | Depth | Kind | Having) or _is_types(selector):
+        if isinstance(selector, Kind | Having) or self.is_address:
             return []
         return [name_of(function) for function in (selector if isinstance(selector, tuple) else (selector,))]
 
     def __str__(self) -> str:
         return f"({_shown(self.selector)}, {self.rule!r})"
-
-
-def _fits(known: Function, kind: str, types: Types) -> bool:
-    """Whether an affine operation is what modules of these types call."""
-    return kind in AFFINE and known.example is not None and _is_one_of(known.example, types)
 
 
 def _lifted(rule: Hook | None) -> Rule | None:

@@ -54,7 +54,7 @@ def scores_of(values: Tensor, layer_name: str | None = None) -> ConceptScores:
         position = torch.from_numpy(flat.detach().numpy().argmax(-1))
     else:
         position = flat.argmax(-1)
-    return ConceptScores(flat.sum(-1), flat.gather(-1, position[..., None])[..., 0], position)
+    return ConceptScores(flat.sum(-1), flat.gather(-1, position.unsqueeze(-1)).squeeze(-1), position)
 
 
 def normalize(value: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from zennit.core import BasicHook, Composite, Hook
 
 from crp.engine.door import _check_merged, check_weights
 from crp.engine.encoding import propagation_of
-from crp.engine.last_calls import LastCalls, PlainSums
+from crp.engine.last_calls import _Unsupported
 from crp.engine.module_hooks import _ON_ALL_MODULES, _hooks_of
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputTypeError, StateError
@@ -324,7 +324,7 @@ def _forward_hooks_of(modules: dict[str, nn.Module]) -> list[tuple[dict[int, Any
 
 @atomic
 def _called_once(model: nn.Module, tell: Callable[[str], None]) -> Iterator[None]:
-    calls, sums = LastCalls(), PlainSums()
+    unsupported = _Unsupported()
     rules = {name: (module, _rules_on(module)) for name, module in modules_of(model).items()}
     for name, (_, of_layer) in rules.items():
         if len(of_layer) > 1:
@@ -333,13 +333,13 @@ def _called_once(model: nn.Module, tell: Callable[[str], None]) -> Iterator[None
                 "on top of another; leave the context of the first, or use it alone"
             )
     watched = {
-        module: calls.watch(name)
+        module: unsupported.watch_layer(name)
         for name, (module, of_layer) in rules.items()
         if any(isinstance(rule, BasicHook) for rule in of_layer)
     }
-    with hooked(watched), hooked({model: sums.watch_call} if watched else {}):
+    with hooked(watched), hooked({model: unsupported.watch_model} if watched else {}):
         yield
-    for problem in filter(None, (sums.problem(), calls.problem(rules))):
+    for problem in unsupported.problems(rules):
         tell(problem)
 
 

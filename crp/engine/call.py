@@ -17,13 +17,13 @@ from crp.engine.backward import MakeMasks, _input_name, _send_rows_back, send_ba
 from crp.engine.basic_hooks import _batched_hooks
 from crp.engine.conditions import Rows, check_conditions
 from crp.engine.door import check_device, check_result
-from crp.engine.encoding import Encoding, propagation_of
+from crp.engine.encoding import _read, propagation_of, starts_at_one, write
 from crp.engine.forward import SINK, ForwardPass
 from crp.engine.independence import FirstLook
 from crp.engine.inputs import Data, Inputs, Samples
 from crp.engine.masks import Given, _check_channels, mask_factory, row_masks
-from crp.engine.memory_layout import is_faster_channels_last, run_channels_last
-from crp.engine.model_state import Parts, changed_parts, parts_by_name
+from crp.engine.memory_layout import _is_same_channels_last, _run_channels_last, is_faster_channels_last
+from crp.engine.model_state import _Parts, is_watched
 from crp.engine.results import Part, _results_of, average, in_order
 from crp.engine.settings import Overrides, Settings
 from crp.engine.starts import Starts, distinct
@@ -39,6 +39,7 @@ from crp.engine.targets import (
 )
 from crp.engine.turns import TURNS, parts_of
 from crp.errors import InputError, InputTypeError
+from crp.layers import modules_of
 from crp.notices import warn
 from crp.types import AbsorbedRelevance, AttributionResults, Condition, MaskFactory, MaskFn, Sinks
 from crp.wording import first_few
@@ -98,10 +99,11 @@ class Call:
             check_device(settings.on_device, "on_device")
         if overrides.relevance_init is None:
             _check_initial(settings.init_rel)
-        composite = composite_on(model, composite)
+        modules = modules_of(model)
+        composite = composite_on(model, composite, modules)
         if isinstance(settings.record, str) or not isinstance(settings.record, Collection):
             raise InputTypeError(f"record_layer must be a list of layer names, not {settings.record!r}")
-        if _is_layer(model, settings.output_name):
+        if settings.output_name in modules:
             raise InputError(
                 f"the model has a layer called {settings.output_name!r}, which names the output in conditions; "
                 "set attribution.MODEL_OUTPUT_NAME to another name"
@@ -119,9 +121,9 @@ class Call:
                 raise InputError(f"broadcast gave {len(inputs)} samples and {len(conditions)} conditions; pair them")
             rows = Rows.of(range(len(inputs)), conditions)
         inputs = inputs.to(device)
-        if channels_last:
-            is_plain = not (rows.layers(settings.output_name) or overrides.are_any)
-            settings = replace(settings, channels_last=is_plain and Encoding.of(composite).multiplier)
+        is_plain = not (rows.layers(settings.output_name) or overrides.are_any)
+        if channels_last and is_plain and propagation_of(composite).encoding == "multiplier":
+            settings = replace(settings, channels_last=True) if is_faster_channels_last(model, inputs) else settings
         call = cls(model, composite, inputs, rows, settings, overrides, shortcut=shortcut)
         for layer in call.conditioned:
             call._masks({}, layer)
@@ -148,15 +150,15 @@ class Call:
 
     def _joined(self, runs: Sequence[Iterator[Part]]) -> Iterator[Part]:
         """Means of several runs; an error where the model is another one for the next part than for those before."""
-        known, by_hand = Parts(), False
+        known, by_hand = _Parts(), False
         chunks = self._chunks()
         for number in range(len(chunks)):
             # (a composite that was put on by hand, and is taken off now, may have merged weights)
-            is_same = known and by_hand == is_on(self.composite, self.model)
-            if is_same and changed_parts(known, parts_by_name(self.model)):
+            is_same = number > 0 and by_hand == is_on(self.composite, self.model)
+            if is_same and known.changed(self.model):
                 # (another thread may have swapped weights for a while, and gives them back with its turn)
                 with put_on(None, self.model):
-                    changed = changed_parts(known, parts_by_name(self.model))
+                    changed = known.changed(self.model)
                 if changed:
                     raise InputError(
                         f"{first_few([repr(name) for name in changed], 5)} of the model changed between parts, which "
@@ -169,7 +171,8 @@ class Call:
                 look.check(self.inputs, map(self._samples, chunks), self.overrides.select)
             if number < len(chunks) - 1:
                 with TURNS.taken(parts_of(self.model)):  # (in its turn, another thread may have swapped weights)
-                    known, by_hand = parts_by_name(self.model), is_on(self.composite, self.model)
+                    known.note(self.model)
+                    by_hand = is_on(self.composite, self.model)
             yield part.pop()
 
     def absorbed(self) -> AbsorbedRelevance:
@@ -180,11 +183,12 @@ class Call:
         TypeError
             If the composite keeps no account.
         """
-        accounting = propagation_of(self.composite).accounting()
+        asked = propagation_of(self.composite)
+        accounting = asked.accounting()
         if accounting is None or self._members() != [self.composite]:
             what = "only a composite of crp.composites accounts for what layers keep"
             raise InputTypeError(f"{what}, not {self.composite!r}")
-        if Encoding.of(self.composite).as_multiplier:
+        if asked.readout == "multiplier":
             what = "gives multipliers, of which layers keep nothing; it has no relevance"
             raise InputTypeError(f"{self.composite!r} {what}")
         initials, inputs, kept, look = [], [], [], FirstLook(self.model)
@@ -198,7 +202,7 @@ class Call:
             for rows in self.rows.one_by_one(in_flow):
                 passed = of_all or self._forward(model, rows, self.composite, account)
                 _, start, arrived = self._send_back(passed, rows, last=of_all is None)
-                initial = _sum_of_rows(passed.encoding.read(start.rows(), passed.value(self.settings.start, rows)))
+                initial = _sum_of_rows(_read(asked, start.rows(), passed.value(self.settings.start, rows)))
                 initials.append(initial)
                 relevances = [arrived[_input_name(number)] for number in range(len(passed.inputs.explained))]
                 inputs.append(torch.stack([_sum_of_rows(r).to(initial) for r in relevances]).sum(0))
@@ -228,7 +232,7 @@ class Call:
         passed: ForwardPass | None = None
         call: Call | None = None
         # Rules in multiplier encoding live in the graph, so that it outlasts the composite's context.
-        keeps = Encoding.of(composite).multiplier or composite is None
+        keeps = composite is None or propagation_of(composite).encoding == "multiplier"
         chunks, tell = self._chunks(), cache(warn)  # (of all parts, each warning is told once)
         for number, rows in enumerate(chunks):
             last = number == len(chunks) - 1 or not keeps
@@ -258,9 +262,9 @@ class Call:
             yield part.pop()
 
     def laid_out(self) -> Call:
-        """The same, with the channels last in memory only where that is faster, too."""
-        settings = self.settings
-        if not settings.channels_last or is_faster_channels_last(self.model, self.inputs):
+        """The same in the usual layout of memory, where the model needs that, or others watch it run, who know that."""
+        model, settings = self.model, self.settings
+        if not settings.channels_last or (not is_watched(model) and _is_same_channels_last(model, self.inputs)):
             return self
         return replace(self, settings=replace(settings, channels_last=False))
 
@@ -306,7 +310,7 @@ class Call:
     def _masks(self, rows: Mapping[int, Condition], layer: str, n_entries: int = 1) -> list[MaskFn]:
         """Mask functions of a layer, as the conditions of rows say."""
         is_gradient = self.composite is None and not _rules_by_hand(self.model)
-        multiplies = is_gradient or Encoding.of(self.composite).multiplier
+        multiplies = is_gradient or propagation_of(self.composite).encoding == "multiplier"
         return row_masks(rows, layer, self.settings.mask_map, multiplies, n_entries)
 
     def _samples(self, rows: Rows) -> tuple[int, ...]:
@@ -330,7 +334,7 @@ class Call:
         def run(data: Inputs) -> ForwardPass:
             return ForwardPass.run(model, data, roles, self.overrides.select, composite, account, samples)
 
-        passed = run_channels_last(run, model, inputs) if settings.channels_last and account is None else None
+        passed = _run_channels_last(run, model, inputs) if settings.channels_last and account is None else None
         return passed or run(inputs)
 
     def _send_back(self, passed: ForwardPass, rows: Rows, last: bool) -> tuple[Tensor, Starts, dict[str, Tensor]]:
@@ -359,22 +363,22 @@ class Call:
 
     def _start_of_rows(self, prediction: Tensor, passed: ForwardPass, rows: Rows) -> Tensor:
         """The same of each row, (rows, *root shape); of the prediction, only its form counts."""
-        settings, encoding, overridden = self.settings, passed.encoding, self.overrides.relevance_init
+        settings, asked, overridden = self.settings, passed.propagation, self.overrides.relevance_init
         targets = rows.targets(settings.output_name) if settings.start is None else None
         check_targets_exist(targets, prediction, settings.output_name, rows.places)
         if passed.inputs.embedded:
             warn_of_positions(targets, prediction, passed.inputs)
         lengths = (len(self.rows), self.batch_size or len(self.rows))
         initial = init_of_rows(settings.init_rel, rows.places, prediction, lengths)
-        if initial is None and encoding.starts_from_one and overridden is None:
+        if initial is None and starts_at_one(asked) and overridden is None:
             one = torch.ones_like(prediction) if targets is None else prediction.new_ones(()).expand(prediction.shape)
             return initial_relevance(one, targets, None)
-        if initial is None and encoding.from_one:
+        if initial is None and asked.initial == "one":
             initial = 1.0
         value = passed.value(settings.start, rows)
         start = (overridden or initial_relevance)(value.clone(), targets, initial)
         check_start(start, prediction)
-        return encoding.write(start.detach().to(prediction), value)
+        return write(asked, start.detach().to(prediction), value)
 
     def _results(self, passed: ForwardPass, rows: Rows, last: bool) -> Part:
         """Results of some rows, and the relevance of each input that is explained, (rows, *input shape)."""
@@ -388,11 +392,3 @@ class Call:
 def _sum_of_rows(values: Tensor) -> Tensor:
     """(rows, ...) to (rows,)."""
     return values.reshape(len(values), -1).sum(1)
-
-
-def _is_layer(model: nn.Module, name: str) -> bool:
-    """Whether a model has a layer of this name."""
-    try:
-        return model.get_submodule(name) is not model
-    except AttributeError:
-        return False

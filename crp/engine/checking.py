@@ -15,7 +15,7 @@ from zennit.core import Composite
 
 from crp.engine.attached import put_on
 from crp.engine.door import _not_finite, is_finite
-from crp.engine.encoding import Encoding, propagation_of
+from crp.engine.encoding import propagation_of
 from crp.engine.inputs import Data, Inputs
 from crp.engine.targets import initial_relevance
 from crp.layers import evaluating, hooked, modules_of
@@ -184,10 +184,10 @@ def _account(
     rounding: float,
 ) -> tuple[_Point, dict[str, dict[str, float]]]:
     """Σ input + Σ kept = initial, for targets alone, as conditions on layers mask some of it."""
-    name = attribution.MODEL_OUTPUT_NAME
+    name, asked = attribution.MODEL_OUTPUT_NAME, propagation_of(composite)
     targets = [{name: condition[name]} for condition in conditions if name in condition]
     what = "relevance of the data, and what layers keep, is what started"
-    if not targets or propagation_of(composite).accounting() is None or Encoding.of(composite).as_multiplier:
+    if not targets or asked.accounting() is None or asked.readout == "multiplier":
         by = "the plain gradient" if composite is None else type(composite).__name__
         return _Point("account", None, None, None, f"{what}: not known of {by}"), {}
     account = attribution.absorbed(data, targets, composite)
@@ -261,7 +261,7 @@ def _as_by_differences(
     calls = Counter(operation.layer for operation in operations)
     layers = [o.layer for o in operations[:-1] if o.layer and calls[o.layer] == 1]
     has_gradient = operations and all(operation.rule.startswith(_GRADIENT) for operation in operations)
-    if targets is None or not layers or not has_gradient or Encoding.of(composite).as_multiplier:
+    if targets is None or not layers or not has_gradient or propagation_of(composite).readout == "multiplier":
         return _Point("by differences", None, None, None, f"{what}: known where every rule is LRP-0")
     layer = layers[len(layers) // 2]
     result = attribution(sample.data, [{name: targets}], composite, [layer])

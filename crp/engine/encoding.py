@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -58,49 +57,21 @@ def propagation_of(composite: Composite | None) -> Propagation:
 _ASKED = [name for name in vars(Propagation) if not name.startswith("_")]
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How relevance is written in what flows backward, and read from it, by what a composite says of itself.
+def is_product(asked: Propagation) -> bool:
+    """Whether results hold the product of what flows with the activation."""
+    return asked.encoding == "multiplier" and asked.readout != "multiplier"
 
-    Attributes
-    ----------
-    multiplier : bool
-        Whether relevance divided by activation flows, and not relevance itself.
-    as_multiplier : bool
-        Whether results hold what flows, as for gradients.
-    from_one : bool
-        Whether the initial relevance of a target is 1 by default, and not the output's value.
-    """
 
-    multiplier: bool
-    as_multiplier: bool = False
-    from_one: bool = False
+def starts_at_one(asked: Propagation) -> bool:
+    """Whether 1 flows from a target by default, whatever the output's value."""
+    return asked.encoding == "multiplier" and (asked.readout == "multiplier" or asked.initial != "one")
 
-    @classmethod
-    def of(cls, composite: Composite | None) -> Encoding:
-        """Encoding of a composite."""
-        asked = propagation_of(composite)
-        return cls(asked.encoding == "multiplier", asked.readout == "multiplier", asked.initial == "one")
 
-    @property
-    def name(self) -> Literal["multiplier", "relevance"]:
-        """What flows."""
-        return "multiplier" if self.multiplier else "relevance"
+def write(asked: Propagation, relevance: Tensor, activation: Tensor) -> Tensor:
+    """What flows where this is the relevance; an activation of exactly 0 has nothing to distribute."""
+    return torch.where(activation == 0, 0, relevance / activation) if is_product(asked) else relevance
 
-    @property
-    def is_product(self) -> bool:
-        """Whether results hold the product of what flows with the activation."""
-        return self.multiplier and not self.as_multiplier
 
-    @property
-    def starts_from_one(self) -> bool:
-        """Whether what starts at a target by default is 1, whatever its value."""
-        return self.multiplier and (self.as_multiplier or not self.from_one)
-
-    def write(self, relevance: Tensor, activation: Tensor) -> Tensor:
-        """What flows where this is the relevance; an activation of exactly 0 has nothing to distribute."""
-        return torch.where(activation == 0, 0, relevance / activation) if self.is_product else relevance
-
-    def read(self, arrived: Tensor, activation: Tensor) -> Tensor:
-        """Relevance in what arrived at a layer of this ``activation`` (less that of the reference, if there is one)."""
-        return activation * arrived if self.is_product else arrived
+def _read(asked: Propagation, arrived: Tensor, activation: Tensor) -> Tensor:
+    """Relevance in what arrived at a layer of this ``activation`` (less that of the reference, if there is one)."""
+    return activation * arrived if is_product(asked) else arrived

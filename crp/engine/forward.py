@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.engine.conditions import Rows, row_index
-from crp.engine.encoding import Encoding
+from crp.engine.encoding import Propagation, propagation_of
 from crp.engine.inputs import Data, Inputs
 from crp.engine.starts import Arrivals
 from crp.engine.taps import check_layers, outputs_meant, tapped
@@ -43,7 +43,7 @@ class ForwardPass:
         Outputs of conditioned, recorded and start layers; and sinks, whose gradient is what a layer keeps.
     references : dict of str or None to Tensor
         Outputs for the reference input of a composite that has one, by layer; the model's own by None.
-    encoding : Encoding
+    propagation : Propagation
     samples : tuple of int
         Sample of each column, as rows name it.
     is_ragged : bool
@@ -56,7 +56,7 @@ class ForwardPass:
     output: Tensor
     layers: dict[str, Tensor]
     references: dict[str | None, Tensor]
-    encoding: Encoding
+    propagation: Propagation
     samples: tuple[int, ...] = ()
     is_ragged: bool = False
     arrivals: Arrivals = field(default_factory=Arrivals)
@@ -107,7 +107,7 @@ class ForwardPass:
         if reference is not None:
             references[None] = reference
         is_ragged, output = output is None, torch.empty(0) if output is None else output
-        return cls(inputs, output, layers | _sinks(account), references, Encoding.of(composite), samples, is_ragged)
+        return cls(inputs, output, layers | _sinks(account), references, propagation_of(composite), samples, is_ragged)
 
     @property
     def is_folded(self) -> bool:

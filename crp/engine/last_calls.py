@@ -13,23 +13,21 @@ from crp.layers.nested import tensors_in
 from crp.wording import counted
 
 
-class LastCalls:
-    """Notes which layers relevance reaches by another call than their last: there, zennit's rules are wrong.
+class _Unsupported:
+    """Notes what relevance passes while zennit's rules are on a model, and where they are wrong.
 
-    Those rules keep what a layer was called with last. Several passes through a model are fine, as long as relevance
-    goes back before the next one.
-
-    Attributes
-    ----------
-    missed : dict of str to None
-        Names of these layers, in the order in which relevance has reached them.
+    They keep what a layer was called with last, so that other calls of it get that call's relevance. (Several passes
+    through a model are fine, as long as relevance goes back before the next one.) And they hand relevance on as a
+    gradient, of which a sum gives all to each branch; zennit's layer `Sum`, which its canonizers put into residual
+    blocks, shares it.
     """
 
     def __init__(self) -> None:
-        self.missed: dict[str, None] = {}
         self._n_calls: Counter[str] = Counter()
+        self._missed = set[str]()
+        self._sums = set[int]()
 
-    def watch(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def watch_layer(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         """Forward hook for the layer of this name."""
 
         def watch_call(_module: nn.Module, _arguments: Any, output: Any) -> None:
@@ -38,7 +36,7 @@ class LastCalls:
 
             def note_arrival(_gradient: Tensor) -> None:
                 if self._n_calls[name] != number:
-                    self.missed[name] = None
+                    self._missed.add(name)
 
             for tensor in output if isinstance(output, tuple) else [output]:
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -46,47 +44,27 @@ class LastCalls:
 
         return watch_call
 
-    def problem(self, layers: Iterable[str]) -> str | None:
-        """What is wrong, naming these of the layers, in their order."""
-        missed = [layer for layer in layers if layer in self.missed]
-        if not missed:
-            return None
-        return (
-            f"layers {missed} are called more than once, which zennit's rules do not support: relevance is wrong. "
-            "Those of crp.composites do."
-        )
-
-
-class PlainSums:
-    """Notes which sums of branches relevance passes that no layer makes: there, zennit's rules are wrong.
-
-    Those rules hand relevance on as a gradient, of which a sum gives all to each branch. (Zennit's layer `Sum`, which
-    its canonizers put into residual blocks, shares it.)
-
-    Attributes
-    ----------
-    passed : set of int
-        Numbers of these sums, in the order of a walk through the graph.
-    """
-
-    def __init__(self) -> None:
-        self.passed: set[int] = set()
-
-    def watch_call(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
+    def watch_model(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
         """Forward hook for the model."""
         made = tensors_in(getattr(output, "logits", output))
         for number, node in enumerate(filter(_adds_branches, graph_nodes(made))):
-            node.register_prehook(lambda _gradients, number=number: self.passed.add(number))
+            node.register_prehook(lambda _gradients, number=number: self._sums.add(number))
 
-    def problem(self) -> str | None:
-        """What is wrong."""
-        if not self.passed:
-            return None
-        return (
-            f"the model adds branches up in {counted(len(self.passed), 'place')} without a layer for it, and zennit's "
-            "rules give all relevance to each branch there: there is too much. Give the composite a canonizer for "
-            "that, such as zennit.torchvision.ResNetCanonizer(), or use one of crp.composites"
-        )
+    def problems(self, layers: Iterable[str]) -> list[str]:
+        """What is wrong, naming some of these layers, in their order."""
+        found = []
+        if self._sums:
+            found.append(
+                f"the model adds branches up in {counted(len(self._sums), 'place')} without a layer for it, and "
+                "zennit's rules give all relevance to each branch there: there is too much. Give the composite a "
+                "canonizer for that, such as zennit.torchvision.ResNetCanonizer(), or use one of crp.composites"
+            )
+        if missed := [layer for layer in layers if layer in self._missed]:
+            found.append(
+                f"layers {missed} are called more than once, which zennit's rules do not support: relevance is wrong. "
+                "Those of crp.composites do."
+            )
+        return found
 
 
 def _adds_branches(node: Any) -> bool:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from crp.engine.backward import lacks_memory
 from crp.engine.forward import ForwardPass
-from crp.engine.independence import _tolerance
+from crp.engine.independence import _deviation, _row, _run, _tolerance
 from crp.engine.inputs import Inputs
-from crp.engine.model_state import is_watched
 from crp.layers import modules_of
 
 #: Share of depthwise ones among a model's convolutions that decides: MobileNet has 0.33, EfficientNet 0.2.
@@ -30,10 +29,7 @@ _same: weakref.WeakKeyDictionary[nn.Module, dict[torch.Size, bool]] = weakref.We
 
 
 def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether to try a model's forward pass with the channels last; the answer does not depend on any clock.
-
-    Not where others watch the model run, as their hooks would see another layout than the one that they know.
-    """
+    """Whether to try a model's forward pass with the channels last; the answer does not depend on any clock."""
     data = inputs.data
     if not isinstance(data, Tensor) or data.dim() != 4:
         return False
@@ -47,7 +43,7 @@ def is_faster_channels_last(model: nn.Module, inputs: Inputs) -> bool:
         n_depthwise = sum(1 < module.groups == module.in_channels for module in convolutions)
         _shares[model] = n_depthwise / len(convolutions) if convolutions else None
     share = _shares[model]
-    return share is not None and (share >= _DEPTHWISE) == (data.device.type == "cpu") and not is_watched(model)
+    return share is not None and (share >= _DEPTHWISE) == (data.device.type == "cpu")
 
 
 def _multiplies_matrices(data: Tensor) -> bool:
@@ -58,10 +54,24 @@ def _multiplies_matrices(data: Tensor) -> bool:
     return not exact and torch.cuda.get_device_capability(data.device) >= (8, 0)
 
 
-def run_channels_last(run: Callable[[Inputs], ForwardPass], model: nn.Module, inputs: Inputs) -> ForwardPass | None:
-    """Forward pass with the channels last; None where the model cannot do that, or predicts something else.
+def _is_same_channels_last(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a model predicts the same with the channels last, which is seen once for each shape of a sample.
 
-    The first time, the prediction is compared with that of the usual layout.
+    It runs for two samples in either layout, and is as it was afterwards.
+    """
+    shape, known = inputs.explained[0].shape[1:], _same.setdefault(model, {})
+    if shape not in known:
+        few = inputs.select([*range(min(len(inputs), 2))])
+        try:
+            pair = [_row(_run(model, samples), None, 0) for samples in (few, _laid_out(few))]
+            known[shape] = _deviation(*pair) <= _tolerance(inputs)
+        except Exception as error:  # such as that of a `view`, which needs the usual layout
+            _note_error(error, model, shape)
+    return known.get(shape, False)
+
+
+def _run_channels_last(run: Callable[[Inputs], ForwardPass], model: nn.Module, inputs: Inputs) -> ForwardPass | None:
+    """Forward pass with the channels last; None where rules cannot do that.
 
     Parameters
     ----------
@@ -71,18 +81,17 @@ def run_channels_last(run: Callable[[Inputs], ForwardPass], model: nn.Module, in
     inputs : Inputs
         A single tensor of shape (samples, channels, height, width).
     """
-    shape = inputs.explained[0].shape[1:]
-    known = _same.setdefault(model, {})
-    if not known.get(shape, True):
-        return None
-    usual = None if shape in known else run(inputs).output.detach()
     try:
-        passed = run(inputs.each(lambda data: data.contiguous(memory_format=torch.channels_last)))
-    except Exception as error:  # such as a `view`, which needs the usual layout
-        if not lacks_memory(error):
-            known[shape] = False
+        return run(_laid_out(inputs))
+    except Exception as error:
+        _note_error(error, model, inputs.explained[0].shape[1:])
         return None
-    if usual is not None:
-        off = (passed.output.detach() - usual).abs().max() if passed.output.shape == usual.shape else torch.inf
-        known[shape] = bool(off <= _tolerance(inputs) * usual.abs().max())
-    return passed if known[shape] else None
+
+
+def _laid_out(inputs: Inputs) -> Inputs:
+    return inputs.each(lambda data: data.contiguous(memory_format=torch.channels_last))
+
+
+def _note_error(error: Exception, model: nn.Module, shape: torch.Size) -> None:
+    if not lacks_memory(error):
+        _same.setdefault(model, {})[shape] = False

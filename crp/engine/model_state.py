@@ -6,6 +6,7 @@ import operator
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import _lru_cache_wrapper, lru_cache, partial
 from gc import get_referents
@@ -209,31 +210,45 @@ def _key_of(code: CodeType, around: Iterable[object]) -> Hashable:
     return code, *map(id, around)
 
 
-#: Parts of a model by name, with versions.
-Parts: TypeAlias = dict[str, tuple[object, int]]
+class _Parts:
+    """Modules, parameters and buffers of a model, by which it is told later which of them have changed.
 
-
-def parts_by_name(model: nn.Module) -> Parts:
-    """Modules, parameters and buffers, with the versions of tensors: any write but those through ``.data`` changes it.
-
-    Those of inference mode have none.
+    Writes through ``.data`` are noticed as by a `TensorMark`.
     """
+
+    def __init__(self) -> None:
+        self._noted: dict[str, Callable[[Any], bool]] = {}
+
+    def note(self, model: nn.Module) -> None:
+        """Note what a model has now."""
+        changed, noted = {*self.changed(model)}, self._noted
+        parts = _parts_by_name(model).items()
+        self._noted = {name: _recognizer(part) if name in changed else noted[name] for name, part in parts}
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """Names of those that were replaced, written to, added or taken away since then."""
+        noted, parts = self._noted, _parts_by_name(model)
+        return [name for name in noted | parts if not (name in noted and name in parts and noted[name](parts[name]))]
+
+
+def _parts_by_name(model: nn.Module) -> dict[str, object]:
     # (torch's own `named_parameters` takes as long as what a GPU does for a small part)
-    modules, found = modules_of(model), Parts()
+    modules = modules_of(model)
+    parts = dict[str, object](modules)
     for name, module in modules.items():
-        found[name] = module, 0
-        for tensors in (module._parameters, module._buffers):
-            for own, tensor in tensors.items():
-                if tensor is not None:
-                    found[f"{name}.{own}" if name else own] = tensor, version_of(tensor) or 0
-    return found
+        for own, tensor in (module._parameters | module._buffers).items():
+            if tensor is not None:
+                parts[f"{name}.{own}" if name else own] = tensor
+    return parts
 
 
-def changed_parts(before: Parts, after: Parts) -> list[str]:
-    """Names of those that were replaced, written to, added or taken away."""
-    none = None, 0
-    pairs = {name: (before.get(name, none), after.get(name, none)) for name in {**before, **after}}
-    return [name for name, (one, other) in pairs.items() if one[0] is not other[0] or one[1] != other[1]]
+def _recognizer(part: Any) -> Callable[[Any], bool]:
+    """What tells later whether something is this part, and nobody has written to it."""
+    version = version_of(part) if isinstance(part, Tensor) else None
+    if version is not None:
+        with suppress(RuntimeError):  # (sparse ones have no memory of their own)
+            return TensorMark(part).is_of
+    return lambda other: other is part and (version is None or version_of(other) == version)
 
 
 def _package(names: Mapping[str, Any], owner: object = None) -> str:

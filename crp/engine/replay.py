@@ -12,6 +12,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from crp.engine.cuda_graphs import GraphRecorder
 from crp.engine.kernel_calls import CallRecorder
 from crp.engine.model_state import State
 from crp.engine.names_read import NamesRead
-from crp.engine.recordings import Recorder, Recording, Run, Tensors, some
+from crp.engine.recordings import NotReplayableError, Recorder, Recording, Run, Tensors, some
 from crp.layers.devices import recording
 
 #: Recordings that are kept.
@@ -43,12 +44,15 @@ class Computation(NamedTuple):
         be computed at once.
     saved : float
         Seconds that a replay saves, about.
+    unnoticed : callable
+        Gives a context in which it may be made once more, and leaves nothing behind: no state, no random number drawn.
     """
 
     reads: Sequence[object]
     compute: Run
     usual: Callable[[], Tensors | None]
     saved: float = 0.0
+    unnoticed: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass
@@ -224,22 +228,23 @@ class Replays:
             return None
         if entry.recording is None and not entry.refused and entry.pays(recorder, prepared.saved):
             entry.recorded = entry.runs
-            _record(entry, recorder, prepared.compute, inputs)
-            if not entry.stands_for(prepared.reads):  # (it keeps something, as a replay would not)
-                entry.drop(for_good=True)
+            _record(entry, recorder, prepared, inputs)
         if entry.recording is not None:
             _judge(entry, recorder, inputs, exact)
             self.replayed += entry.judged > 0
         return some(exact, only)
 
 
-def _record(entry: _Entry, recorder: Recorder, compute: Run, inputs: Mapping[str, Tensor]) -> None:
+def _record(entry: _Entry, recorder: Recorder, prepared: Computation, inputs: Mapping[str, Tensor]) -> None:
     """Record a computation, or give it up for good."""
     names = NamesRead(entry.state.functions)
     try:
-        with recording(), names:
-            entry.recording = recorder.record(compute, inputs)
-        entry.names = names
+        with prepared.unnoticed():
+            with recording(), names:
+                entry.recording = recorder.record(prepared.compute, inputs)
+            entry.names = names
+            if not entry.stands_for(prepared.reads):
+                raise NotReplayableError("it keeps something, as a replay would not")
     except Exception:
         # Reading a value, a lack of memory, a warning for the user: the computation itself says what there is to say,
         # whenever it is asked for.

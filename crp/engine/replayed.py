@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from zennit.core import Composite
 from crp.engine.attached import is_on
 from crp.engine.call import Call
 from crp.engine.conditions import Grid, Rows
-from crp.engine.encoding import Encoding, Propagation
+from crp.engine.encoding import Propagation, is_product, propagation_of, starts_at_one
 from crp.engine.inputs import Inputs
 from crp.engine.masks import Given, apply_masks, row_masks
 from crp.engine.model_state import is_traced, is_watched, reads_of
@@ -28,6 +28,7 @@ from crp.engine.targets import check_targets_exist, initial_relevance
 from crp.engine.turns import TURNS, parts_of
 from crp.layers import modules_of
 from crp.layers.devices import send_to
+from crp.layers.state import undisturbed
 from crp.types import AttributionResults
 
 #: Structures of which the shapes are remembered.
@@ -68,9 +69,8 @@ class Replayed:
         samples = sorted({*rows.samples})
         columns = [samples.index(sample) for sample in rows.samples]
         chosen = call.inputs.select(samples).explained[0].detach()
-        alike = Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions])
         # (a weak reference equals no other composite's, also where one has the id of one that is gone)
-        structure = tuple(columns), tuple(rows.layers(name)), tuple(settings.record)
+        structure = tuple(columns), tuple(rows.layers(name)), tuple(settings.record), settings.as_computed
         key = (weakref.ref(composite), structure, _form_of(chosen), settings.multipliers, settings.channels_last)
         usual = replace(call, rows=rows, batch_size=None, shortcut=None)
         if (shapes := self._shapes.get(key)) is None:
@@ -101,7 +101,7 @@ class Replayed:
                 inner = replace(
                     laid_out(),
                     inputs=Inputs.of(tensors["data"], settings.explain),
-                    rows=alike,
+                    rows=Rows.of(columns, [dict.fromkeys(condition, ()) for condition in rows.conditions]),
                     settings=replace(laid_out().settings, shared_start=given.shared),
                     given=Given(tensors["start"], masks, given.shared),
                 )
@@ -110,7 +110,8 @@ class Replayed:
                 return results
 
             reads, saved = reads_of(call.model, composite), _SAVED * len(modules_of(call.model))
-            return Computation(reads, compute, lambda: read(laid_out().at_once(composite)), saved)
+            unnoticed = partial(undisturbed, call.model, later=call.model.parameters())
+            return Computation(reads, compute, lambda: read(laid_out().at_once(composite)), saved, unnoticed)
 
         inputs = {"data": chosen} | _sent(given, chosen)
         only = {"heatmap", "prediction", _READING} if reading is not None else None
@@ -119,7 +120,7 @@ class Replayed:
             tensors = self.replays.run(asked, data.device, prepare, inputs, only)
         if tensors is None:
             return None
-        part = _restored(tensors, Encoding.of(composite), settings.multipliers)
+        part = _restored(tensors, propagation_of(composite), settings.multipliers)
         if not _shapes_of(part[0]).items() <= shapes.items():  # (the model has other outputs now)
             self._shapes.pop(key, None)
         return part
@@ -144,7 +145,7 @@ def _is_replayable(call: Call, composite: Composite) -> bool:
     Initial relevance is 1 at the targets, no method is overridden, no reference is chosen for each sample, and no mode
     of torch is on. Hooks of others are looked for later.
     """
-    if not isinstance(composite, Propagation) or not Encoding.of(composite).starts_from_one:
+    if not isinstance(composite, Propagation) or not starts_at_one(composite):
         return False
     kind, settings = type(composite), call.settings
     per_sample = kind.expect is not Propagation.expect or kind.members_for is not Propagation.members_for
@@ -167,7 +168,8 @@ def _form_of(tensor: Tensor) -> Hashable:
     dtypes = *usual, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     of_cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     attention: Any = (of_cuda.math_sdp_enabled, of_cuda.flash_sdp_enabled, of_cuda.mem_efficient_sdp_enabled)
-    flags = cudnn.allow_tf32, of_cuda.matmul.allow_tf32, cudnn.deterministic, *(enabled() for enabled in attention)
+    exact = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic
+    flags = cudnn.allow_tf32, of_cuda.matmul.allow_tf32, *exact, *(enabled() for enabled in attention)
     return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.stride(), *dtypes, *flags
 
 
@@ -207,7 +209,7 @@ def _flattened(results: AttributionResults, relevances: list[Tensor]) -> dict[st
     return found | {f"input {number}": tensor for number, tensor in enumerate(relevances)}
 
 
-def _restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
+def _restored(tensors: dict[str, Tensor], asked: Propagation, keeps: bool) -> tuple[AttributionResults, list[Tensor]]:
     """Results of rows from what `_flattened` made of them."""
     names = ("activations", "relevances", "multipliers", "counted", "input")
     groups: dict[str, dict[str, Tensor]] = {name: {} for name in names}
@@ -220,9 +222,9 @@ def _restored(tensors: dict[str, Tensor], encoding: Encoding, keeps: bool) -> tu
         groups["activations"],
         groups["relevances"],
         tensors["prediction"],
-        encoding=encoding.name,
+        encoding=asked.encoding,
         multipliers=groups["multipliers"] if keeps else None,
-        counted=groups["activations"] | groups["counted"] if keeps and not encoding.as_multiplier else None,
+        counted=groups["activations"] | groups["counted"] if keeps and is_product(asked) else None,
         reading=tensors.get(_READING),
     )
     return results, list(groups["input"].values())

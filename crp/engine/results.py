@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crp.engine.backward import _input_name
 from crp.engine.conditions import Rows, row_index
+from crp.engine.encoding import _read, is_product
 from crp.engine.forward import ForwardPass
 from crp.engine.settings import Settings
 from crp.types import AttributionResults
@@ -37,16 +38,16 @@ def _results_of(
     pass, results may be in its memory. ``is_shared`` leaves the prediction as it lies, as that of a text is large.
     ``main_input`` is what the model calls its first argument, if it says so.
     """
-    encoding, own = passed.encoding, partial(_own, settings)
+    asked, own = passed.propagation, partial(_own, settings)
     relevances_of_inputs = [arrived.pop(_input_name(number)) for number in range(len(passed.inputs.explained))]
-    keeps = encoding.multiplier and settings.multipliers
+    keeps = settings.multipliers and asked.encoding == "multiplier"
     activations = {name: own(passed.of_rows(output, rows, not last)) for name, output in passed.layers.items()}
     relevances, multipliers, counted = {}, {}, {}
     for name in passed.layers:
         of_layer = arrived.pop(name)
-        relevances[name] = own(encoding.read(of_layer, passed.value(name, rows)))
+        relevances[name] = own(_read(asked, of_layer, passed.value(name, rows)))
         if keeps:
-            multipliers[name] = relevances[name] if encoding.as_multiplier else own(of_layer)
+            multipliers[name] = own(of_layer) if is_product(asked) else relevances[name]
             counted[name] = activations[name] if name not in passed.references else own(passed.value(name, rows))
     heatmaps, inputs = [], passed.inputs
     for place, leaf, relevance in zip(inputs.names, inputs.explained, relevances_of_inputs, strict=True):
@@ -60,9 +61,9 @@ def _results_of(
         activations,
         relevances,
         own(prediction, is_shared),
-        encoding=encoding.name,
+        encoding=asked.encoding,
         multipliers=multipliers if keeps else None,
-        counted=counted if keeps and not encoding.as_multiplier else None,
+        counted=counted if keeps and is_product(asked) else None,
     )
     return result, relevances_of_inputs
 

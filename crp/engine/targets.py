@@ -50,7 +50,7 @@ def check_targets_exist(
 ) -> None:
     """Raise an `IndexError` if a row's target is not among the outputs; it names the row as the caller counts them."""
     classes = _classes_of_rows(targets) if prediction.dim() > 1 else None
-    if classes is not None and classes.min() >= -prediction.shape[1] and classes.max() < prediction.shape[1]:
+    if classes is not None and -prediction.shape[1] <= min(classes) and max(classes) < prediction.shape[1]:
         return
     for row, target in zip(rows or range(len(prediction)), targets or (), strict=False):
         if target is None:
@@ -140,20 +140,18 @@ def _given_relevance(prediction: Tensor, init_rel: Any) -> Tensor:
 def _at_targets(selection: Tensor, target_list: Sequence[Any]) -> Tensor:
     """Selection at the targets of each row, all of a row without any, with the signs of tokens; 0 elsewhere."""
     classes, shape = _classes_of_rows(target_list), tuple(selection.shape)
-    chosen = [_target_ids(targets) for targets in target_list] if classes is None else []
-    if all_positions(target_list):
-        return _at_positions(selection, [places for _, places in chosen])
+    chosen: list[Any] = [(one, []) for one in classes] if classes else list(map(_target_ids, target_list))
     of_classes = not any(places for _, places in chosen)
+    if not of_classes and all_positions(target_list):
+        return _at_positions(selection, [places for _, places in chosen])
     signs = np.zeros(shape[:2] + (1,) * (len(shape) - 2) if of_classes else shape, np.int8)
-    if classes is not None:
-        signs[np.arange(len(classes)), classes] = 1
     for row, (ids, places) in enumerate(chosen):
         signs[row, ... if target_list[row] is None else ids] = 1
         for place in places:
             for at, sign in _signed(place):
                 signs[row][at] = sign
     start = torch.where(send_to(selection.device, torch.from_numpy(signs != 0)), selection, 0)
-    if (signs < 0).any():
+    if not of_classes and (signs < 0).any():
         start = torch.where(send_to(selection.device, torch.from_numpy(signs < 0)), -start, start)
     return start
 
@@ -221,10 +219,10 @@ def _single_class(targets: Any) -> int | None:
     return target if type(target) is int and abs(target) < 1 << 31 else None
 
 
-def _classes_of_rows(targets: Sequence[Any] | None) -> np.ndarray | None:
+def _classes_of_rows(targets: Sequence[Any] | None) -> list[int] | None:
     """Class of each row, where every row has one."""
-    classes = [] if targets is None else list(map(_single_class, targets))
-    return None if not classes or None in classes else np.array(classes)
+    classes = [one for one in map(_single_class, targets or ()) if one is not None]
+    return classes if targets and len(classes) == len(targets) else None
 
 
 def _as_array(ids: Any) -> Any:

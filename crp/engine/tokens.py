@@ -6,7 +6,8 @@ embeddings are a further input: axis 1 holds their features, as that of an image
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -21,9 +22,12 @@ from crp.layers import OfThread, hooked, looking, modules_of
 from crp.layers.devices import device_of
 from crp.layers.interrupts import atomic
 from crp.layers.misfits import telling_misfits, unknown_ids
+from crp.layers.state import undisturbed
 
 #: Numbers of calls. Each hands embeddings to its own hooks, as other threads may call the same model.
 _calls = count()
+#: Layer that was found to look ids up, which each call checks, and among which layers, for which input.
+_lookups: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 
 
 class Embedded(NamedTuple):
@@ -113,26 +117,36 @@ def _layer_of_ids(
     for layer, module in layers.items():
         if module is own:
             return layer
+    key = name, *values, *map(id, layers.values())
+    known = _lookups.get(model)
+    if known is not None and known[0] == key:
+        return known[1]
     readers: dict[str, None] = {}
     device = device_of(model)
-    one = {key: value[:1].to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
+    one = {place: value[:1].to(device) if isinstance(value, Tensor) else value for place, value in values.items()}
 
     def note(layer: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if _is_same(_given(args, kwargs), one[name]):
             readers[layer] = None
 
     hooks: dict[nn.Module, Any] = {module: partial(note, layer) for layer, module in layers.items()}
-    with hooked(hooks, with_kwargs=True), looking(), put_on(None, model), torch.no_grad():
-        by_position = [value for key, value in one.items() if isinstance(key, int)]
-        with telling_misfits(model, [], values):
-            model(*by_position, **{key: value for key, value in one.items() if isinstance(key, str)})
+    by_position = [value for place, value in one.items() if isinstance(place, int)]
+    by_name = {place: value for place, value in one.items() if isinstance(place, str)}
+    told, as_it_was = telling_misfits(model, [], values), undisturbed(model, later=model.parameters())
+    with hooked(hooks, with_kwargs=True), looking(), put_on(None, model), torch.no_grad(), told, as_it_was:
+        model(*by_position, **by_name)
     if len(readers) != 1:
-        raise InputError(
-            f"{'no layer looks' if not readers else f'layers {list(readers)} look'} up the embeddings of input "
-            f"{name!r}; one must, and read the ids as they are, int64. Explain another input, or call the model with "
-            "its embeddings"
-        )
-    return next(iter(readers))
+        raise _wrong_readers(name, readers)
+    (layer,) = readers
+    _lookups[model] = key, layer
+    return layer
+
+
+def _wrong_readers(name: int | str, readers: Collection[str]) -> InputError:
+    return InputError(
+        f"{f'layers {list(readers)} look' if readers else 'no layer looks'} up the embeddings of input {name!r}; one "
+        "must, and read the ids as they are, int64. Explain another input, or call the model with its embeddings"
+    )
 
 
 def input_embeddings(model: nn.Module) -> object:
@@ -198,12 +212,13 @@ def _in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded]
     Raises
     ------
     ValueError
-        At its end, if the model has not looked the ids up.
+        At its end, if the model has not looked the ids up, or by further layers than the one that was found to.
     """
     number = next(_calls)
     keys = {f"embeddings of {name} in call {number}": name for name in embedded}  # (no argument has such a name)
     waiting: dict[int | str, tuple[Tensor, Tensor]] = {}
-    modules, used, handles = modules_of(model), set[int | str](), []
+    modules, used, handles = modules_of(model), dict[int | str, dict[str, None]](), []
+    told = input_embeddings(model)
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         for key, name in keys.items():
@@ -211,27 +226,33 @@ def _in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded]
                 waiting[name] = args[name] if isinstance(name, int) else kwargs[name], kwargs[key]
         return args, {key: value for key, value in kwargs.items() if key not in keys}
 
-    def give(name: int | str, _: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
+    def give(name: int | str, reader: str, _: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         ids, values = waiting.get(name, (None, None))
         if ids is None or values is None or not _is_same(_given(args, kwargs), ids):
             return None
-        used.add(name)
+        used.setdefault(name, {})[reader] = None
+        if reader != embedded[name].layer:
+            return None
         # (as it lies in memory otherwise: a model may ask for views of it)
         return values.movedim(1, -1).contiguous().view(output.shape)
 
     handles.append(model.register_forward_pre_hook(take, with_kwargs=True))
     for name, (layer, _) in embedded.items():
-        # (parts of a model, as encoder and decoder, may look ids up by layers that share their weights)
-        for module in (m for m in modules.values() if getattr(m, "weight", None) is modules[layer].weight):
-            if type(module) is type(modules[layer]):
+        for other, module in modules.items():
+            # (parts of a model, as encoder and decoder, may look ids up by layers that share their weights)
+            is_own = getattr(module, "weight", None) is modules[layer].weight and type(module) is type(modules[layer])
+            if is_own or (isinstance(module, nn.Embedding) and modules[layer] is not told):
                 # (first, so that what is recorded of the layer are these embeddings)
-                handles.append(module.register_forward_hook(partial(give, name), prepend=True, with_kwargs=True))
+                hook = partial(give, name, layer if is_own else other)
+                handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
     try:
         yield {key: embedded[name].values for key, name in keys.items()}
     finally:
         for handle in handles:
             handle.remove()
     for name, (layer, _) in embedded.items():
+        if len(used.get(name, ())) > 1:
+            raise _wrong_readers(name, used[name])
         if name not in used:
             raise InputError(
                 f"layer {layer!r} does not look up the ids of input {name!r} themselves; give them as the model reads "

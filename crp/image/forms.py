@@ -80,7 +80,7 @@ def draw_contour(
     """
     picture = as_picture(image)
     check_kind("heatmaps", heatmaps, (Tensor, np.ndarray, Sequence), "a tensor, or a list of them")
-    if not isinstance(colours, tuple | list) or not colours:
+    if isinstance(cast(object, colours), str) or not isinstance(colours, Sequence) or not colours:
         raise InputError(f"colours must be a list of (red, green, blue), not {shortened(colours)}")
     several = [heatmaps] if isinstance(heatmaps, Tensor | np.ndarray) and heatmaps.ndim == 2 else heatmaps
     inside = [_positive(cast(Tensor, heatmap), picture) > 0.3 for heatmap in several]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from contextvars import ContextVar
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from crp.errors import InputTypeError, NameNotFoundError
 from crp.layers.interrupts import atomic
@@ -275,15 +275,11 @@ class OfThread:
 @atomic
 def hooked(hooks: Mapping[nn.Module, Callable[..., Any]], **options: Any) -> Iterator[None]:
     """Forward hooks on modules, inside of the context, for calls of this thread."""
-    handles: list[RemovableHandle] = []
-    try:
+    with ExitStack() as stack:
         for module, hook in hooks.items():
             # (scripted modules say that they cannot be hooked, but torch runs hooks of them)
-            handles.append(nn.Module.register_forward_hook(module, OfThread(hook), **options))
+            stack.callback(nn.Module.register_forward_hook(module, OfThread(hook), **options).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def tracing() -> bool:

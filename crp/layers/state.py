@@ -76,7 +76,7 @@ def undisturbed(model: nn.Module, *inputs: Any, later: Iterable[Tensor] = ()) ->
         snapshot.restore()
 
 
-def _random_states(devices: Iterable[torch.device]) -> Iterator[tuple[Any, Callable[[Any], object]]]:
+def random_states(devices: Iterable[torch.device]) -> Iterator[tuple[Any, Callable[[Any], object]]]:
     """States of global random generators, torch's on the CPU and some devices, and functions that put them back."""
     yield random.getstate(), random.setstate
     yield np.random.get_state(), np.random.set_state  # noqa: NPY002 (what others draw from)
@@ -90,7 +90,7 @@ def _random_states(devices: Iterable[torch.device]) -> Iterator[tuple[Any, Calla
 
 def random_numbers(devices: Iterable[torch.device] = ()) -> list[Any]:
     """The same states in parts that `numpy.array_equal` compares."""
-    states = [state for state, _ in _random_states(devices)]
+    states = [state for state, _ in random_states(devices)]
     return [part for state in states for part in (state if isinstance(state, tuple) else (state,))]
 
 
@@ -149,7 +149,7 @@ class Snapshot:
 
     def keep_random_states(self) -> None:
         """Keep the state of global random generators."""
-        self._undo += [partial(put_back, state) for state, put_back in _random_states(self._devices)]
+        self._undo += [partial(put_back, state) for state, put_back in random_states(self._devices)]
 
     def _keep_module(self, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):

@@ -62,8 +62,13 @@ def _by_chain_rule(rule: Rule, layer: Layer) -> Tensor | None:
     made = _whole(rule, layer)
     if isinstance(layer.parts, _OfExponentials) and layer.parts.is_quotient:
         layer.parts = None
-    if made is None or rule.attachment is None or not made.is_unchanged():
+    if made is None or rule.attachment is None:
         return None
+    if not made.is_unchanged():
+        raise InputError(
+            f"{layer} ends a softmax that is written out, and something that it is made of was overwritten since: what "
+            "it was is gone. Write h = h + 1, say, in place of h += 1"
+        )
     leaves, parts = [], list[Part]()
     for one in made.calls():
         copied = one.original

@@ -12,9 +12,10 @@ those that are made of one tensor, entry by entry, come first, so that an activa
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from crp.rules.operation import Operation
 _SUMMING = {name: replace(look_up(torch.einsum), name=name, parse=PARSERS["matmul"]) for name in ("sum", "mean")}
 #: What multiplies, or divides.
 _BY = (operator.mul, operator.truediv)
+_divides = operator.attrgetter("divides")
 #: Products that are remembered, the latest ones: factors of more would be kept in memory for nothing.
 _LATEST = 8
 
@@ -45,6 +47,14 @@ class _Product(NamedTuple):
     versions: tuple[int, ...]
     divides: bool = False
     is_copied: bool = False
+
+
+class _Factor(NamedTuple):
+    """A factor of a product, which may be divided by it; and whether a layer that is named stands behind it."""
+
+    value: Any
+    divides: bool = False
+    is_named: bool = False
 
 
 class _Contraction(NamedTuple):
@@ -113,35 +123,29 @@ class _Products:
         ValueError
             If relevance shall flow through what is multiplied in another order.
         """
-        values, divides = op.factors(), op.known.canonical == "div"
-        known, orders = [self._found(value) for value in values], list[tuple[Any, Any, bool, Any, bool]]()
-        if len(values) != 2 or not any(known) or _are_of_one(x := values[0], y := values[1], common):
+        values = op.factors()
+        if len(values) != 2 or not any(map(self._found, values)):
             return None
-        if (product := known[0]) is not None:
-            (left, right), by = product.factors, product.divides
-            orders.append((left, y, divides, right, by))
-            if not (by and divides):
-                orders.append((y, right, True, left, False) if by else (right, y, divides, left, False))
-        if (product := known[1]) is not None:
-            (left, right), by = product.factors, product.divides != divides
-            orders += [(x, left, divides, right, by), (x, right, by, left, divides)]
-        order = next((order for order in orders if self._share(order[0], order[1], common)), None)
-        if order is None:
+        both = _Factor(values[0]), _Factor(values[1], op.known.canonical == "div")
+        ways = itertools.product(*map(self._within, both))
+        pair = next(((x, y, [*left, *right]) for (x, left), (y, right) in ways if _are_of_one(x, y, common)), None)
+        if pair is None or not pair[2]:
             return None
-        if any(product is not None and product.is_copied for product in known):
+        if any(factor.is_named for factor in pair[2]):
             raise InputError(
                 f"{op.known} has a factor that is made of what a product before it reads, so that all is one product: "
                 "no relevance flows through what is named as a layer inside. Name one before, or behind"
             )
-        one, other, is_over, rest, is_below = order
-        return lambda: _BY[is_below](_BY[is_over](one, other), rest)
+        return lambda: _multiplied(*pair)
 
-    def _share(self, value: Any, other: Any, common: Callable[[Sequence[Tensor]], object]) -> bool:
-        """Whether a factor of one is made of the same tensor as one of the other, entry by entry."""
-        for one, second in ((value, other), (other, value)):
-            if (known := self._found(one)) is not None:
-                return any(self._share(factor, second, common) for factor in known.factors)
-        return _are_of_one(value, other, common)
+    def _within(self, factor: _Factor) -> Iterator[tuple[_Factor, list[_Factor]]]:
+        """A factor, and each that it is a product of, with those beside it."""
+        yield factor, []
+        if (known := self._found(factor.value)) is not None:
+            left = _Factor(known.factors[0], factor.divides, known.is_copied)
+            right = _Factor(known.factors[1], factor.divides != known.divides, known.is_copied)
+            for one, other in ((left, right), (right, left)):
+                yield from ((inner, [*beside, other]) for inner, beside in self._within(one))
 
     def _is_matrices(self, factors: Sequence[Tensor], axes: set[int] | None = None) -> bool:
         return _is_of_matrices(factors, axes, any(map(self._is_divisor, factors)))
@@ -167,10 +171,24 @@ class _Products:
         return _Contraction(contract, found.factors, _SUMMING[known.name])
 
 
-def _are_of_one(value: Any, other: Any, common: Callable[[Sequence[Tensor]], object]) -> bool:
+def _are_of_one(x: _Factor, y: _Factor, common: Callable[[Sequence[Tensor]], object]) -> bool:
     """Whether both are made of one tensor, entry by entry."""
-    is_input = all(isinstance(one, Tensor) and one.requires_grad for one in (value, other))
-    return is_input and value.shape == other.shape and common((value, other)) is not None
+    values = x.value, y.value
+    is_input = all(isinstance(value, Tensor) and value.requires_grad for value in values)
+    return is_input and x.value.shape == y.value.shape and common(values) is not None
+
+
+def _multiplied(one: _Factor, other: _Factor, beside: list[_Factor]) -> Tensor:
+    """Product of factors, of which two come first."""
+    one, other = sorted((one, other), key=_divides)
+    first = _BY[one.divides != other.divides](one.value, other.value)
+    if one.value is other.value and one.divides != other.divides:
+        first = first.detach()  # (it is 1, whatever it is made of)
+    begin, *factors = sorted((_Factor(first, one.divides), *beside), key=_divides)
+    product: Tensor = begin.value
+    for factor in factors:
+        product = _BY[factor.divides](product, factor.value)
+    return product
 
 
 def _is_special(tensor: Tensor) -> bool:

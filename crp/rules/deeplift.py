@@ -91,6 +91,11 @@ class Difference(Rule):
         if isinstance(self.attachment, Differences):
             self.attachment.outside[str(layer)] = exact and self.attachment.outside.get(str(layer), True)
 
+    def note_constants(self, layer: Layer, reference: Layer) -> None:
+        """Note where a call reads other constants than for the reference, for which the rule is not exact."""
+        if reference.differs and isinstance(self.attachment, Differences):
+            self.attachment.differing[str(layer)] = None
+
     def parts_of(self, tensor: Tensor) -> _Parts | None:
         """Parts of an affine output, or of a copy of it; None for other tensors."""
         note = self._note_of(tensor)
@@ -215,6 +220,7 @@ class Affine(Difference):
 
     def compare(self, layer: Layer, reference: Layer) -> Tensor:
         """Return the layer's output, which remembers its parts."""
+        self.note_constants(layer, reference)
         whole, call = cast(Tensor, layer.output), layer.again()
         a, a0 = layer.inputs[0], reference.inputs[0]
 
@@ -236,6 +242,7 @@ class BatchNorm(Difference):
 
     def compare(self, layer: Layer, reference: Layer) -> Tensor:
         """Return the normalized values."""
+        self.note_constants(layer, reference)
         whole = layer.output
         if layer.arguments.get("training", False):
             self.beyond(layer, exact=False)
@@ -266,6 +273,7 @@ class RevealCancel(Rescale):
         parts = self.parts_of(layer.inputs[0]) if len(layer.inputs) == 1 else None
         if parts is None or layer.output.shape != layer.inputs[0].shape:
             return super().compare(layer, reference)
+        self.note_constants(layer, reference)
         x, x0 = layer.inputs[0], reference.inputs[0].expand_as(layer.inputs[0])
         call, plus = layer.again(), parts.positive()
 
@@ -329,12 +337,6 @@ def _maxima(layer: Layer, x: Tensor) -> Tensor:
     pool: Any = getattr(F, layer.name.removesuffix("_with_indices") + "_with_indices")
     named = {k: v for k, v in layer.kwargs.items() if k not in ("input", "self", "return_indices")}
     return cast(Tensor, pool(x, *layer.args[1:], **named)[1])
-
-
-def _same_operands(layer: Layer, reference: Layer, start: int = 0) -> bool:
-    """Whether operands from ``start`` on are those of the reference's call."""
-    pairs = zip(layer.inputs[start:], reference.inputs[start:], strict=True)
-    return all(same_values(value, value0) for value, value0 in pairs)
 
 
 def same_values(value: Tensor, value0: Tensor) -> bool:

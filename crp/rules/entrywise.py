@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from crp.layers.devices import can_be_read
 from crp.layers.nested import changed, tensors_in
 from crp.rules.curves import _ACTIVATIONS, _IDENTITY, _STACKING, _born_of, _Curve, _curve, _is_curved
 from crp.rules.functions import _arguments_of, look_up
@@ -124,10 +125,11 @@ def _entrywise(op: Operation, notes: Notes, begins: bool) -> _Entrywise | None:
     made = {number: parts for number, note in noted.items() if (parts := _function_in(note.parts)) is not None}
     axis = made[id(x)].axis if id(x) in made else None
     if axis is not None and (name in _ALONG or (known.has("copies") and name != "clone")):
-        return _along(op, made[id(x)], axis) if len(tensors) == 1 else None
+        return _along(op, made[id(x)], axis) if len(op.inputs) == 1 else None
     if known.has("copies") and name not in _STACKING:
-        is_moved = len(made) == len(tensors) == 1 and name not in _SEVERAL and op.args[:1] and not op.overwrites
-        return _moved(op, made[id(x)]) if is_moved else None
+        is_moved = len(op.inputs) == 1 and name not in _SEVERAL and op.args[:1] and not op.overwrites
+        below = made.get(id(x)) or _Entrywise(_sources(noted[id(x)]), frozenset((noted[id(x)],)), False, False)
+        return _moved(op, below) if is_moved else None
     new_axis = _new_axis(op, tensors) if name in _STACKING else axis
     if new_axis == 0 or not (known.has("elementwise") or name in _CONDITIONS | _STACKING):
         return None
@@ -215,8 +217,11 @@ def _along(op: Operation, made: _Entrywise, axis: int) -> _Entrywise | None:
     name, x = op.known.canonical, op.inputs[0]
     place, shape, dims = x.dim() + axis, x.shape, x.dim()
     if op.known.has("copies"):
+        if not all(map(can_be_read, tensors_in((op.args[1:], op.kwargs)))):  # (an index)
+            return None
+        args, kwargs = changed((op.args[1:], op.kwargs), Tensor.cpu)
         numbers = torch.arange(shape[axis], device="cpu").reshape(-1, *[1] * (-1 - axis)).expand(shape)
-        taken = op.function(numbers, *op.args[1:], **op.kwargs) if shape.numel() else numbers
+        taken = op.function(numbers, *args, **kwargs) if shape.numel() else numbers
         dims = taken.dim()
         one = shape[:place] + (1,) * (dims + 1 - x.dim()) + shape[place + 1 :]
         if taken.shape != one or taken.amin() != taken.amax():

@@ -117,6 +117,8 @@ class Layer:
         Of ``"weight"`` and ``"bias"``, what counts as zero for the rule.
     reference : Layer or None
         The same call in the forward pass of the reference input, where there is one.
+    differs : bool
+        Of a reference, whether the call on the data reads other constants.
     at_input : bool
         Whether the rule hands out relevance itself and no multiplier.
     copied : Copied or None
@@ -143,6 +145,7 @@ class Layer:
     born: tuple[int, ...] = ()
     zero_params: tuple[str, ...] = ()
     reference: Layer | None = None
+    differs: bool = False
     at_input: bool = False
     copied: Copied | None = field(default=None, repr=False)
     parts: Any = field(default=None, repr=False)

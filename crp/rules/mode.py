@@ -185,10 +185,11 @@ class SeeingMode(TorchFunctionMode):
                 return result
         # (operands may be overwritten, and then nothing is known)
         below = self.notes.common(op.inputs) if "elementwise" in op.known.properties else None
-        parts = self._parts(op, below) if self.notes.has_parts or op.known.canonical in BEGINNING else None
+        may_begin = op.known.canonical in BEGINNING or op.flags & Born.GATING
+        parts = self._parts(op, below) if may_begin or self.notes.has_parts else None
         function = None if parts is None else _function_in(parts)
-        if function is not None and function.activation is not None:
-            choice = self._of_activation(choice, op)
+        if function is not None and (function.activation is not None or (function.gives and choice.rule is None)):
+            choice = self._of_activation(choice, op, is_sent=function.activation is not None)
         is_made = below is not None and (len(op.inputs) > 1 or op.known.canonical in _OF_EXPONENTIALS)
         passed = _passed(op, self.notes)
         if is_made or function is not None:
@@ -223,7 +224,8 @@ class SeeingMode(TorchFunctionMode):
         """What is remembered of a call, by what is of its operands."""
         notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
         is_whole = len(op.inputs) == 1 or op.known.canonical == "stack" or below is not None
-        begins = is_whole and op.known.canonical in BEGINNING
+        moves_a_gate = bool(op.flags & Born.GATING) and "copies" in op.known.properties
+        begins = is_whole and (op.known.canonical in BEGINNING or moves_a_gate)
         is_masked = not notes and "elementwise" in op.known.properties and any(map(self._is_mask_of_data, op.args))
         if not (notes or begins or is_masked):
             return None
@@ -238,10 +240,16 @@ class SeeingMode(TorchFunctionMode):
         """Whether an argument is a constant that was made of what depends on the model's input, such as ``x > 0``."""
         return isinstance(value, Tensor) and not value.requires_grad and self.notes.of(value) is not None
 
-    def _of_activation(self, choice: Choice, op: Operation) -> Choice:
-        """Rule of activations where they are the identity, unless another one is meant for the call."""
+    def _of_activation(self, choice: Choice, op: Operation, is_sent: bool) -> Choice:
+        """Rule of activations, if relevance is sent through one as it is, unless another one is meant for the call.
+
+        Where the ordinary chain rule is not the method for activations, it is none for a call that makes one, either.
+        """
         other = self.choose(activation(op.known.name), "activation")
-        return other if other.rule is not None and other.rule.is_identity and other.number <= choice.number else choice
+        if is_sent and other.rule is not None and other.rule.is_identity and other.number <= choice.number:
+            return other
+        is_of_one = any(self.notes.born(tensor) & Born.ACTIVATION for tensor in op.inputs)  # (which had its own rule)
+        return choice if choice.rule or other.is_method or is_of_one else choice._replace(is_method=False)
 
     def _by_rule(self, choice: Choice, op: Operation, parts: Any) -> tuple[Any, Layer]:
         """Output of an operation, with the rule as its gradient; and the operation as the rule has seen it."""
@@ -295,6 +303,8 @@ class SeeingMode(TorchFunctionMode):
         below: Note | None,
     ) -> None:
         """Note what is known of an operation's result."""
+        if result is op.inputs[0] and not op.overwrites:  # (handed on as it is, as by `to`, or dropout in evaluation)
+            return
         self.notes.has_logarithms |= bool(flags & Born.LOGARITHM)
         if op.kind == "product":  # (several factors depend on the input: it is not affine)
             flags |= op.flags & FIRST

@@ -28,7 +28,7 @@ class Born:
     SQUASHED = 4  # of a squashing function such as the sigmoid, or 1 plus or minus such
     SOFTMAX = 8
     ACTIVATION = 16
-    ROUTED = 32  # of a softmax or squashing function, of which some entries were chosen, or which was divided
+    ROUTED = 32  # of a softmax or squashing function, of which some entries were chosen, or a softmax that was divided
     DIVISOR = 64  # one over something
     BALANCED = 128  # of a function between -1 and 1, such as tanh: 1 plus or minus such is squashed
     LOGARITHM = 256  # that of a sum of exponentials, or something less one: its exponential may be a softmax

@@ -26,8 +26,8 @@ _RANKING = frozenset("argmax argmin argsort kthvalue max min multinomial sort to
 _MASKING = frozenset(("add", "masked_fill", "mul", "sub", "where"))
 #: What an index chooses from.
 _CHOSEN_FROM = Born.SOFTMAX | Born.ROUTED | Born.EXPONENTIAL
-#: What weights are that are chosen, or divided by their sum, as those of the experts of a mixture.
-_WEIGHTS = Born.SOFTMAX | Born.SQUASHED | Born.ROUTED
+#: What is divided by its sum once more because experts were chosen; of sigmoids, that makes attention.
+_WEIGHTS = Born.SOFTMAX | Born.ROUTED
 #: Functions that cut off what is below a number and above another, and these numbers by default.
 _CUTTING = {
     **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), (-math.inf, math.inf)),
@@ -58,8 +58,8 @@ def _passed(op: Operation, notes: Notes) -> int:
         kept |= Born.ROUTED
     elif flags & Born.SOFTMAX and op.operands is not None and _mixes_heads(op.operands):
         kept |= Born.SOFTMAX
-    elif flags & _WEIGHTS and name == "normalize":
-        kept |= Born.ROUTED
+    elif name == "normalize":
+        kept |= flags & Born.SQUASHED | (Born.ROUTED if flags & _WEIGHTS else 0)
     if flags & Born.SQUASHED and name in _BOUNDED and not _is_negative(op.args, op.kwargs):
         kept |= Born.SQUASHED  # (a gate that is cut off, or its power, is one)
     kept |= known.gives
@@ -98,9 +98,9 @@ def _kept_by(op: Operation, kept: int, notes: Notes) -> int:
     if name in ("mul", "div"):
         if len(inputs) > 1:
             kept &= ~BORN | Born.SQUASHED | Born.SOFTMAX  # (a product of gates is one)
-            if name == "div":
-                dividend = notes.born(inputs[0])
-                kept |= dividend & Born.ACTIVATION | (Born.ROUTED if dividend & _WEIGHTS else 0)
+            one, other = map(notes.born, inputs)
+            dividend = one if name == "div" or other & Born.DIVISOR else other if one & Born.DIVISOR else 0
+            kept |= dividend & (Born.ACTIVATION | Born.SQUASHED) | (Born.ROUTED if dividend & _WEIGHTS else 0)
         elif name == "div" and not (args and args[0] is inputs[0]) and kwargs.get("input") is not inputs[0]:
             kept |= Born.DIVISOR
         if kept & NONNEGATIVE and _has_negative(args, kwargs):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from crp.errors import StateError
 from crp.layers.nested import tensors_in
-from crp.rules.deeplift import Difference, Differences, _same_operands, same_values, slope
+from crp.rules.deeplift import Difference, same_values, slope
 from crp.rules.layer import Layer, _no_rule
 from crp.rules.operands import ADDED
 
@@ -29,8 +29,9 @@ from crp.rules.operands import ADDED
 class _Decomposed(Difference):
     """Base: functions whose difference is that of a linear surrogate, with coefficients that are held constant."""
 
-    def through(self, layer: Layer, surrogate: Tensor) -> Tensor:
+    def through(self, layer: Layer, reference: Layer, surrogate: Tensor) -> Tensor:
         """Value of the call, with the gradient of the surrogate."""
+        self.note_constants(layer, reference)
         name = str(layer)
 
         def refuse() -> NoReturn:
@@ -40,12 +41,7 @@ class _Decomposed(Difference):
 
     def linear(self, layer: Layer, reference: Layer) -> Tensor:
         """Value of a call that is linear in what depends on the input, if all else is as for the reference."""
-        pairs = zip(tensors_in((layer.args, layer.kwargs)), tensors_in((reference.args, reference.kwargs)), strict=True)
-        mine = {id(value) for value in layer.inputs}
-        numbers, numbers0 = ([value for value in one.args if isinstance(value, float)] for one in (layer, reference))
-        is_same = all(id(value) in mine or same_values(value, value0) for value, value0 in pairs)
-        if not (is_same and numbers == numbers0) and isinstance(self.attachment, Differences):
-            self.attachment.differing[str(layer)] = None
+        self.note_constants(layer, reference)
         return cast(Tensor, layer.output)
 
 
@@ -75,7 +71,7 @@ class ProductDifference(_Decomposed):
         # (what is only added flows into the first of both)
         first, second = list(layer.inputs), list(means)
         first[factors[1]], second[factors[1]] = means[factors[1]], layer.inputs[factors[1]]
-        return self.through(layer, call.value(*first) + call.value(*second))
+        return self.through(layer, reference, call.value(*first) + call.value(*second))
 
 
 class QuotientDifference(_Decomposed):
@@ -91,12 +87,12 @@ class QuotientDifference(_Decomposed):
             return self.linear(layer, reference)
         if len(layer.inputs) == 1:
             return self.rescaled(layer, reference)
-        if not _same_operands(layer, reference, 1):
+        if not same_values(layer.inputs[1], reference.inputs[1]):
             self.beyond(layer, exact=True)
         (u, v), (_, v0) = layer.inputs, reference.inputs
         u_mean, _ = _means(layer, reference)
         fixed = v.detach()
-        return self.through(layer, u * (1 / fixed + 1 / v0) / 2 - u_mean / (fixed * v0) * v)
+        return self.through(layer, reference, u * (1 / fixed + 1 / v0) / 2 - u_mean / (fixed * v0) * v)
 
 
 class NormalizationDifference(_Decomposed):
@@ -142,11 +138,10 @@ class NormalizationDifference(_Decomposed):
             quotient = -(r * r0).square() / (r + r0)
         z = u * scale + factor * quotient * ((u_now + u0) * u).mean(-1, keepdim=True)
         z = z.reshape(x.shape)
-        if weight is not None and layer.name in ("layer_norm", "rms_norm"):
-            z = z * weight.detach()
-        elif weight is not None:
-            z = z * weight.detach().reshape(-1, *(1,) * (x.dim() - 2))
-        return self.through(layer, z)
+        if weight is not None:
+            of_channels = layer.name not in ("layer_norm", "rms_norm")
+            z = z * (weight.reshape(-1, *(1,) * (x.dim() - 2)) if of_channels else weight).detach()
+        return self.through(layer, reference, z)
 
 
 class SoftmaxDifference(_Decomposed):
@@ -178,7 +173,7 @@ class SoftmaxDifference(_Decomposed):
         if layer.known.canonical != "log_softmax":
             log, log0 = now.log_softmax(dim), x0.log_softmax(dim)
             t = t * slope(torch.exp, log, log0, log.exp(), log0.exp())
-        return self.through(layer, t)
+        return self.through(layer, reference, t)
 
 
 def _written_attention(

@@ -80,17 +80,17 @@ class Whole(Rule):
 
     def register(self, module: nn.Module) -> RemovableHandleList:
         """Put the rule on a module, in a composite of zennit."""
-        known, kept = activation(type(module).__name__), list[tuple[Any, dict[str, Any]]]()
+        known, kept = activation(type(module).__name__), list[tuple[Any, dict[str, Any], list[Tensor]] | None]()
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            kept.append((args, kwargs))
-            return changed((args, kwargs), Tensor.clone)  # (the module may overwrite what it is given)
-
-        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            args, kwargs = kept.pop()
             inputs = [tensor for tensor in tensors_in((args, kwargs)) if tensor.requires_grad]
             acts = not tracing() and not referencing() and torch.is_grad_enabled() and bool(inputs)
-            return self.rule.operate(whole_call(module, args, kwargs, inputs, output, known)) if acts else None
+            kept.append((args, kwargs, inputs) if acts else None)
+            return changed((args, kwargs), Tensor.clone) if acts else None  # (the module may overwrite them)
+
+        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            call = kept.pop()
+            return None if call is None else self.rule.operate(whole_call(module, *call, output=output, known=known))
 
         return RemovableHandleList(
             [

@@ -219,7 +219,7 @@ class _Recorder(TorchFunctionMode):
         """Hooks on all modules, around the hooks of others, so that what these change counts as done by the module."""
         names, counts = {module: name for name, module in model.named_modules()}, dict[str, int]()
         # Inputs, or outputs, of a call before the hooks of others.
-        before: dict[ModuleCall, list[_Version]] = {}
+        before: dict[ModuleCall, list[tuple[WeakIdRef, int | None]]] = {}
 
         def enter(layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             if running_trace.get() is not self:  # another thread uses the model
@@ -320,20 +320,9 @@ def _kind(value: object) -> TensorKind | None:
     return TensorKind(value.shape, value.dtype) if isinstance(value, Tensor) and not value.is_nested else None
 
 
-class _Version:
-    """A tensor as it is; equal to another one if it is the same and nobody wrote to it between."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor, version_of(tensor)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Version) and self._tensor is other._tensor and self._version == other._version
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _versions(*values: Any) -> list[_Version]:
-    return [_Version(value) for value in values if isinstance(value, Tensor)]
+def _versions(*values: Any) -> list[tuple[WeakIdRef, int | None]]:
+    """Tensors as they are: equal to what they are later, if they are the same and nobody wrote to them between."""
+    return [(WeakIdRef(value), version_of(value)) for value in values if isinstance(value, Tensor)]
 
 
 def _storage(tensor: Tensor) -> Hashable:

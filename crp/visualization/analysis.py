@@ -144,10 +144,6 @@ def histogram(
         How many between the least and the largest value, or their edges, beyond which values are not counted.
     density : bool
         Whether to divide by the number of values counted and the width of the bins.
-
-    Returns
-    -------
-    Histogram
     """
     check_flags(density=density)
     if not isinstance(bins, Sequence | np.ndarray):
@@ -157,6 +153,8 @@ def histogram(
         edges = np.histogram_bin_edges(np.array(extent), bins)
     else:
         edges = np.asarray(bins, np.float64)
+        if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
+            raise InputError(f"bins must be a number, or edges in ascending order, not {shortened(bins)}")
     count = sum(np.histogram(block.value, edges)[0] for block in _blocks(rows, table, [concept]))
     if not density:
         return Histogram(np.asarray(count, np.int64), edges)
@@ -271,10 +269,6 @@ def write_frame(
         It ends in ``.csv`` or ``.parquet``; for the latter, pyarrow is needed beside pandas.
     concepts : int or sequence of int, optional
         All by default.
-
-    Returns
-    -------
-    Path
     """
     path = as_path("path", path)
     if path.suffix not in (".csv", ".parquet"):

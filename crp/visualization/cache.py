@@ -224,10 +224,6 @@ def from_cache(
         ``(ids, ranks) -> {id: value}``
     overwrite : bool
         Whether all are computed.
-
-    Returns
-    -------
-    dict of id to value
     """
     layer, mode, *rest = where
     held: dict[Any, Any] = {}

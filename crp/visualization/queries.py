@@ -25,6 +25,7 @@ from crp.layers import LayerNotFoundError
 from crp.notices import warn
 from crp.visualization import references as refs
 from crp.visualization.cache import Cache, from_cache
+from crp.visualization.mining.recipe import fingerprint_attribution
 from crp.visualization.references import ConceptId, PictureRequest, PlotFn
 from crp.visualization.samples import SampleAccess
 from crp.visualization.table.question import Answers, Question, TableAnswers
@@ -112,7 +113,8 @@ class ReferenceQueries(SampleAccess):
             If another model, dataset or preprocessing was mined.
         """
         options: dict[str, Any] = {} if init == "activation" else {"init": init}
-        options |= {} if targets is None else {"targets": targets}
+        if targets is not None:
+            options["targets"] = targets
         request = PictureRequest("get_max_reference", layer_name, mode, composite, rf, plot_fn, options)
         return self._cached(request, concept_ids, None, r_range, overwrite, self._references(request, batch_size))
 
@@ -259,8 +261,7 @@ class ReferenceQueries(SampleAccess):
         """
         picture, r_range = refs.checked(request, r_range)
         check_flags(overwrite=overwrite)
-        concepts = refs.concept_list(concept_ids)
-        asked: dict[Any, _Asked] = {concept: (concept, None) for concept in concepts}
+        asked: dict[Any, _Asked] = {concept: (concept, None) for concept in refs.concept_list(concept_ids)}
         if classes is not None:
             concept = refs.one_concept(concept_ids)
             asked = {f"{concept}:{target}": (concept, target) for target in refs.target_list(classes)}
@@ -365,10 +366,9 @@ class ReferenceQueries(SampleAccess):
         self, layer: str, mode: str, r_range: tuple[int, int], target: int | None = None
     ) -> tuple[ReferenceSamples, tuple[int, int]]:
         """Best samples of a layer's concepts (of one class), and those of the ranks asked for that exist."""
-        results = self._results(mode, target is not None)
         self._concept(layer)
         question, answers = self._answers(mode, target is not None)
-        size = max(results.SAMPLE_SIZE, int(r_range[1]))
+        size = max(self._results(mode, target is not None).SAMPLE_SIZE, int(r_range[1]))
         top = refs.once_each(lambda n: answers.references(question, layer, n, target), size)
         of_class = "" if target is None else f" and class {target}"
         return top, refs.clip(r_range, len(top.sample), f"layer {layer!r}{of_class}")
@@ -397,4 +397,4 @@ class ReferenceQueries(SampleAccess):
         """Name of a plot function with a digest of all that its pictures depend on, except the composite."""
         question, answers = self._answers(mode, per_class=False)
         content = [self._identity(), self._concept(layer), answers.content(question, layer), question, dict(options)]
-        return refs.plot_name(plot_fn, content)
+        return refs.plot_name(plot_fn, [*content, *filter(None, [fingerprint_attribution(self.attribution)])])

@@ -286,14 +286,20 @@ def _is_picture_file(path: Path, suffixes: Collection[str] = _SUFFIXES) -> bool:
 
 def _files(folder: Path, suffixes: Collection[str] = _SUFFIXES) -> Iterator[Path]:
     """Such files in a folder and those in it, which may be links."""
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if not (_is_hidden(name) or _leads_back(Path(place, name)))]
         yield from (path for path in map(Path(place).joinpath, names) if _is_picture_file(path, suffixes))
 
 
+def _refuse(error: OSError) -> None:
+    raise LoadingError(f"--data: the folder {error.filename} cannot be read: {error.strerror}") from error
+
+
 def _leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one that it is in."""
-    return folder.is_symlink() and folder.resolve() in [folder.parent.resolve(), *folder.parent.resolve().parents]
+    """Whether a folder is a link to one that it is in, by its own place or by the links on the way to it."""
+    if not folder.is_symlink():
+        return False
+    return folder.resolve() in (*folder.parent.resolve().parents, *(one.resolve() for one in folder.parents))
 
 
 def _other_suffixes() -> set[str]:

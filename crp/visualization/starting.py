@@ -11,7 +11,7 @@ from zennit.core import Composite
 
 from crp.attribution import CondAttribution
 from crp.concepts import Concept, mask_of
-from crp.engine.encoding import Encoding
+from crp.engine import encoding
 from crp.engine.masks import apply_masks
 
 _Mask = Callable[[Tensor], Tensor]
@@ -19,9 +19,8 @@ _Mask = Callable[[Tensor], Tensor]
 
 def starts_from_one(attribution: CondAttribution, composite: Composite | None) -> bool:
     """Whether relevance that starts in a layer, and is its activation, is a multiplier of 1 there."""
-    return Encoding.of(composite).starts_from_one and (
-        type(attribution).relevance_init is CondAttribution.relevance_init
-    )
+    own = type(attribution).relevance_init is not CondAttribution.relevance_init
+    return not own and encoding.starts_at_one(encoding.propagation_of(composite))
 
 
 def starting_masks(layer_map: Mapping[str, Concept]) -> dict[str, Callable[..., _Mask]]:

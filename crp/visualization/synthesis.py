@@ -175,10 +175,6 @@ def maximize(
     **settings
         As the attributes of `SynthesisSettings`, such as ``steps=100``.
 
-    Returns
-    -------
-    Synthesis
-
     Raises
     ------
     KeyError

@@ -24,7 +24,7 @@ from crp.attribution import CondAttribution
 from crp.attributors.scores import explaining
 from crp.composites import EpsilonPlus, Gradient
 from crp.concepts import ChannelConcept
-from crp.engine.encoding import Encoding
+from crp.engine.encoding import propagation_of
 from crp.layers import LayerNotFoundError
 
 CONDITIONS = [{"y": 1, "features.3": [0, 2]}, {"y": 3}]
@@ -278,7 +278,7 @@ def test_model_without_parameters(images, composite):
     model = net(lambda s, x: s.pool(x).flatten(1), pool=nn.AvgPool2d(8))
     attribution = CondAttribution(model)
     assert attribution.device == torch.device("cpu")
-    if Encoding.of(composite).multiplier:
+    if propagation_of(composite).encoding == "multiplier":
         with pytest.raises(ValueError, match="no rule for any layer of the model, which consists of AvgPool2d"):
             attribution(images, [{"y": 3}], composite)
         return

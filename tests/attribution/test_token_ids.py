@@ -227,6 +227,31 @@ def test_what_cannot_be_explained_is_named(data, model, error, message, untouche
                 explain(data, [{"y": 1}]) if isinstance(explain, CondAttribution) else explain(data, 1)
 
 
+def test_which_layer_looks_ids_up_is_found_out_once_and_leaves_nothing_behind():
+    """What the model keeps of its calls is of one call; a layer that looks the ids up later is noticed."""
+
+    class Keeping(Reader):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.kept = 0, torch.zeros(1, 3)
+
+        def forward(self, ids):
+            self.calls += 1
+            found = super().forward(ids) + self.kept
+            self.kept = found.detach()[:1]
+            return found
+
+    model, other, ids = seeded(Keeping()), seeded(Keeping()), IDS[:1].clamp(max=5)
+    for number in (1, 2):
+        found = CondAttribution(model)(ids, [{"y": 1}], EpsilonPlus())
+        assert off(found.prediction, other(ids).detach()) <= 1e-12
+        assert model.calls == other.calls == number
+    model.reads = "twice"
+    with pytest.raises(ValueError, match=r"layers \['words', 'places'\] look up the embeddings of input 0"):
+        CondAttribution(model)(ids, [{"y": 1}], EpsilonPlus())
+    assert not model.places._forward_hooks and not model._forward_pre_hooks
+
+
 def test_ids_that_the_only_embedding_does_not_read():
     class Counting(nn.Module):
         def __init__(self):

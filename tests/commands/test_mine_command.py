@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -453,6 +454,27 @@ def test_class_folders_may_be_links(folder: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(LoadingError, match=r"a/2\.png is no picture that can be read: .*No such file"):
         data[1]
+
+
+def test_folders_that_are_linked_in_a_circle_are_read_once(folder: Path) -> None:
+    (folder / "a" / "others").symlink_to("../b")
+    (folder / "b" / "others").symlink_to("../a")
+    data, _ = load_source(folder, [], loaded([]), by_label=True)
+    names = ["a/1.png", "a/others/1.png", "b/1.png", "b/others/1.png", "c/d/1.png"]
+    assert [data.source(i).name for i in range(len(data))] == names  # type: ignore[union-attr]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = os.scandir
+
+    def locked(place: Any) -> Any:
+        if Path(place).name == "d":
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return usual(place)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(LoadingError, match=r"--data: the folder .*c/d cannot be read: Permission denied"):
+        load_source(folder, [], loaded([]), by_label=True)
 
 
 def classes_of(folder: Path, names: list[str], classes: list[str]) -> dict[str, int]:

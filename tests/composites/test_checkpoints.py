@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from preset_cases import numbers, off
@@ -104,6 +106,9 @@ def plainly(function, *args, use_reentrant=None, **kwargs):
     return function(*args, **kwargs)
 
 
+#: Numbers of NumPy's global generator.
+draw, seed = np.random.rand, np.random.seed
+
 #: Ways to call a part, by a function that may be `checkpoint`.
 WAYS = {
     "method": lambda check, net, h: check(net.block, h, use_reentrant=False),
@@ -125,6 +130,8 @@ WAYS = {
         (lambda e: e / e.sum(-1, keepdim=True))(check(lambda h: net.inner(h).exp(), h, use_reentrant=False)) * h
     ),
     "random": lambda check, net, h: check(lambda h: F.dropout(net.block(h), 0.5, True), h, use_reentrant=False),
+    "random_of_python": lambda check, net, h: check(lambda h: net.block(h, random.random()), h, use_reentrant=False),
+    "random_of_numpy": lambda check, net, h: check(lambda h: net.block(h, draw()), h, use_reentrant=False),
     "unused": lambda check, net, h: check(lambda a, b: net.block(a), h, h.cos(), use_reentrant=False),
 }
 
@@ -138,7 +145,7 @@ def test_ways_to_call_a_part(way, kind):
         torch.manual_seed(3)
         model = Parts(partial(WAYS[way], check))
         attribution = CondAttribution(model)
-        torch.manual_seed(5)
+        torch.manual_seed(5), random.seed(5), seed(5)
         found.append(attribution(numbers(2, 4), [{"y": 1}], kind(), record_layer=["first", "last"]))
     assert off(found[0].heatmap, found[1].heatmap) <= 1e-14 and found[0].heatmap.abs().max() > 0
     assert off(found[0].relevances["first"], found[1].relevances["first"]) <= 1e-14

@@ -225,6 +225,17 @@ class Holder(OrderedDict):
     __getattr__ = OrderedDict.__getitem__
 
 
+class Reading(nn.Module):
+    """A net that reads its input out of what it is given."""
+
+    def __init__(self, net, read):
+        super().__init__()
+        self.net, self.read = net, read
+
+    def forward(self, value):
+        return self.net(self.read(value))
+
+
 @pytest.mark.parametrize(
     ("held", "read"),
     [
@@ -236,40 +247,27 @@ class Holder(OrderedDict):
     ids=["dataclass", "mapping", "dict with attributes", "nested"],
 )
 def test_an_input_that_is_held_by_something_gets_relevance(held, read, mlp, vectors):
-    class Reading(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp
-
-        def forward(self, value):
-            return self.net(read(value))
-
     plain, inside = (vectors.clone().requires_grad_() for _ in range(2))
     with EpsilonPlus().context(mlp) as model:
         model(plain).sum().backward()
-    with EpsilonPlus().context(Reading()) as model:
+    with EpsilonPlus().context(Reading(mlp, read)) as model:
         model(held(inside)).sum().backward()
     assert plain.grad.any() and torch.equal(inside.grad, plain.grad)
 
 
 @pytest.mark.parametrize("composite", [EpsilonPlus(), get("guided_backprop"), get("gradient_x_input")], ids=repr)
-@pytest.mark.parametrize("held", [lambda x: SimpleNamespace(data=x), lambda x: {x}], ids=["object", "set"])
-def test_an_input_that_is_not_found_is_refused(held, composite, mlp, vectors):
+@pytest.mark.parametrize(
+    ("held", "read"),
+    [(lambda x: SimpleNamespace(data=x), lambda value: value.data), (lambda x: {x}, lambda value: next(iter(value)))],
+    ids=["object", "set"],
+)
+def test_an_input_that_is_not_found_is_refused(held, read, composite, mlp, vectors):
     """No rule would act on it, and its gradient would go by the method's name."""
-
-    class Reading(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp
-
-        def forward(self, value):
-            return self.net(value.data if isinstance(value, SimpleNamespace) else next(iter(value)))
-
-    with composite.context(Reading()) as model:
+    with composite.context(Reading(mlp, read)) as model:
         with pytest.raises(UnseenError, match="has seen no input, and what the model puts out depends on one"):
             model(held(vectors.clone().requires_grad_()))
         assert not model(held(vectors)).requires_grad
-    with get("gradient").context(Reading()) as model:
+    with get("gradient").context(Reading(mlp, read)) as model:
         assert model(held(vectors.clone().requires_grad_())).requires_grad
 
 

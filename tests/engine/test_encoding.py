@@ -8,7 +8,7 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 from zennit.core import Composite as ZennitComposite
 
 from crp.composites import DeepLift, EpsilonPlus, ExcitationBackprop, Gradient
-from crp.engine.encoding import Encoding, Propagation, propagation_of
+from crp.engine.encoding import Propagation, is_product, propagation_of, starts_at_one
 
 
 @pytest.mark.parametrize("composite", [None, ZennitEpsilonPlus()], ids=["none", "zennit"])
@@ -17,16 +17,17 @@ def test_what_says_nothing_has_the_defaults(composite):
     assert (asked.encoding, asked.readout, asked.initial, asked.isolates) == ("relevance", "relevance", "output", False)
     assert asked.members_for(torch.ones(1)) == [] and asked.accounting() is None
     assert asked.expect([0], 1) is None
-    assert Encoding.of(composite) == Encoding(multiplier=False)
+    assert not is_product(asked) and not starts_at_one(asked)
     assert not vars(propagation_of(composite))
 
 
 def test_composites_of_ours_answer_themselves():
     for composite in (EpsilonPlus(), Gradient(), DeepLift()):
         assert propagation_of(composite) is composite
-    assert Encoding.of(EpsilonPlus()) == Encoding(multiplier=True)
-    assert Encoding.of(Gradient()).as_multiplier
-    assert Encoding.of(ExcitationBackprop()).from_one
+    for composite, product, one in ((EpsilonPlus(), True, True), (Gradient(), False, True)):
+        assert (is_product(composite), starts_at_one(composite)) == (product, one)
+    assert is_product(ExcitationBackprop()) and not starts_at_one(ExcitationBackprop())
+    assert ExcitationBackprop().initial == "one" and Gradient().readout == "multiplier"
     assert EpsilonPlus().accounting() is not None
 
 

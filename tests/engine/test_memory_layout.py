@@ -181,15 +181,50 @@ def test_an_error_is_that_of_the_usual_layout(data: Tensor) -> None:
 
 
 def test_a_lack_of_memory_says_nothing_about_the_model(data: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    net, inputs = made(), Inputs.single(data)
+    net, run = made(), memory_layout.Inputs.run
+    plain = explained(net, data, EpsilonPlus(), on=False)
 
-    def failing(given: Inputs) -> Any:
-        if not given.explained[0].is_contiguous():
+    def failing(self: Inputs, model: Any) -> Any:
+        if not self.explained[0].is_contiguous():
             raise MemoryError
-        return type("Passed", (), {"output": given.explained[0]})()
+        return run(self, model)
 
-    assert memory_layout.run_channels_last(failing, net, inputs) is None
-    assert memory_layout._same[net] == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_layout.Inputs, "run", failing)
+        assert torch.equal(explained(net, data, EpsilonPlus()).heatmap, plain.heatmap)
+        assert memory_layout._same[net] == {}
+    explained(net, data, EpsilonPlus())
+    assert memory_layout._same[net] == {data.shape[1:]: True}
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_layout.Inputs, "run", failing)
+        assert torch.equal(explained(net, data, EpsilonPlus()).heatmap, plain.heatmap)
+    assert memory_layout._same[net] == {data.shape[1:]: True}
+
+
+class Keeping(Net):
+    """The same, with half of what the call before gave in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(1, 6, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.stem(x))) + 0.5 * self.kept
+        self.kept = x.detach()[:1]
+        found: Tensor = self.fc(nn.functional.avg_pool2d(self.depthwise(x), 2).flatten(1))
+        return found
+
+
+@pytest.mark.parametrize("n", [1, N], ids=["one-sample", "many"])
+def test_what_a_model_keeps_of_a_call_is_of_one_call(data: Tensor, n: int, seen: list[bool]) -> None:
+    """What is looked at in either layout leaves nothing behind: the call that is explained is the first one."""
+    net, other = Keeping().eval(), Keeping().eval()
+    other.load_state_dict(net.state_dict())
+    wanted = other(data[:n]).detach()
+    found = explained(net, data[:n], EpsilonPlus())
+    assert True in seen
+    torch.testing.assert_close(found.prediction, wanted)
+    torch.testing.assert_close(net.kept, other.kept)
 
 
 def test_the_switch_is_heard_after_a_recording_too(data: Tensor, request: pytest.FixtureRequest) -> None:
@@ -221,7 +256,7 @@ def test_mined_shards_do_not_depend_on_what_ran_before(tmp_path: Path, data: Ten
     check_keeps_nothing(net, Inputs.single(data))
     seen.clear()
     one = mine(CondAttribution(net), pairs, layers, EpsilonPlus(), tmp_path / "one", **options)
-    assert seen == [False, True, True]
+    assert seen == [False, True, True, True]  # (a look in either layout, and two batches)
     options["shard_size"] = N
     again = mine(CondAttribution(net), pairs, layers, EpsilonPlus(), tmp_path / "again", stop=N, **options)
     other = mine(CondAttribution(made()), pairs, layers, EpsilonPlus(), again.path, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mining_cases import Data, files_of, run
@@ -482,6 +484,20 @@ def test_another_kernel_of_attention_is_recorded_anew() -> None:
     assert count(attribution) == 6
 
 
+def test_what_is_asked_of_kernels_is_heard(vgg_bn: nn.Module, images: Tensor) -> None:
+    """A CUDA graph has the kernels that were chosen while recording, also those that are not deterministic."""
+    attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
+    warmed(attribution, images, rules)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same(attribution, images, [{"y": [0]}], rules)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert count(attribution) == 2
+    assert_same(attribution, images, [{"y": [0]}], rules)
+    assert count(attribution) == 3
+
+
 def test_training_mode_is_warned_of_each_time(vgg_bn: nn.Module, images: Tensor) -> None:
     attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
     warmed(attribution, images, rules)
@@ -528,6 +544,32 @@ def test_models_that_decide_are_computed_each_time(vectors: Tensor, by: str) -> 
         found, exact = (each(data, [{"y": [number % 4]}], rules).heatmap for each in (attribution, plain))
         assert torch.equal(found, exact)
     assert count(attribution) == 0
+
+
+class Drawing(nn.Linear):
+    """Scales its output by a random number of the host."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__(6, 3)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + self.draw())
+
+
+@pytest.mark.filterwarnings("ignore:Drawing puts out something else")
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_what_is_tried_once_more_draws_no_random_numbers(vectors: Tensor, draw: Callable[[], float]) -> None:
+    """When something is recorded depends on a clock, and results of a seed must not."""
+    net, found = Drawing(draw).double().eval(), []
+    CondAttribution(net)(vectors, [{"y": 1}], EpsilonPlus())
+    for on in (True, False):
+        attribution, rules = replaying(net), EpsilonPlus()
+        attribution.replay = on
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        found.append([attribution(vectors, [{"y": 1}], rules).prediction for _ in range(6)])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")

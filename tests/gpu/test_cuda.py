@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from architectures import FAMILIES
+from grammar_programs import Roll, written
+from model_grammar import GrammarNet
 from preset_cases import LRP_PRESETS
 from torch import Tensor, nn
 
@@ -94,6 +97,50 @@ def test_float64_and_float32(net: str, preset: str) -> None:
     on_gpu = copy.deepcopy(on_gpu).float()
     found = heatmap(on_gpu, data.float().to(DEVICE), preset, conditions)
     assert deviation(found, exact) <= 10 * deviation(narrow, exact) + 1e-4
+
+
+@pytest.mark.parametrize(
+    "kind", [composites.EpsilonPlus, composites.AttnLRP, composites.UniformAlphaBeta, composites.DeepLift]
+)
+def test_random_models(kind: type[composites.Composite]) -> None:
+    """What is known of a function is found out on the host: the same on any device, or refused on both."""
+
+    def explained(model: nn.Module, data: Tensor) -> Tensor | type[Exception]:
+        try:
+            return CondAttribution(model)(data, [{"y": [0]}], kind()).heatmap.cpu()
+        except Exception as error:
+            return type(error)
+
+    for seed in range(60):
+        program = replace(written(Roll(seed)), store="buffer")
+        model, data = GrammarNet(program).requires_grad_(False), program.data()
+        exact = explained(model, data)
+        with torch.device(DEVICE):  # (models make constants as they run)
+            found = explained(copy.deepcopy(model).to(DEVICE), data.to(DEVICE))
+        if isinstance(exact, Tensor) and isinstance(found, Tensor):
+            torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9 * float(exact.abs().max()), msg=f"{seed=}")
+        else:
+            assert found is exact, f"{seed=}"
+
+
+def test_an_index_on_the_device_takes_one_of_functions_side_by_side() -> None:
+    class Gated(nn.Module):
+        def __init__(self, softmax: bool) -> None:
+            super().__init__()
+            self.linear, self.softmax = nn.Linear(4, 4), softmax
+            self.register_buffer("index", torch.tensor([0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            both = torch.stack([x, torch.zeros_like(x)], -1).softmax(-1)
+            return (both.index_select(-1, self.index)[..., 0] if self.softmax else x.sigmoid()) - 0.2
+
+    torch.manual_seed(0)
+    spelled, plain = (Gated(softmax).double().eval().to(DEVICE) for softmax in (True, False))
+    plain.load_state_dict(spelled.state_dict())
+    data = torch.randn(2, 4, dtype=torch.float64, device=DEVICE)
+    found, exact = (CondAttribution(m)(data, [{"y": [1]}], composites.AttnLRP()).heatmap for m in (spelled, plain))
+    assert exact.abs().max() > 0 and deviation(found, exact) <= 1e-9
 
 
 @nets

@@ -146,6 +146,15 @@ def test_the_transform_is_that_of_the_folder(folder: Path) -> None:
 # --- files that torchvision does not read -----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:1 of .* files:UserWarning")
+def test_a_random_transform_is_told(folder: Path, tmp_path: Path) -> None:
+    data = Decoded(ImageFolder(folder), v2.Compose([v2.RandomCrop(16), v2.ToDtype(torch.float32, scale=True)]))
+    with pytest.warns(
+        UserWarning, match=r"dataset\[0\] gives other data at every reading, as under a random transform"
+    ):
+        run(tmp_path / "table", data)
+
+
 def without_tables(content: bytes) -> bytes:
     """A JPEG without the tables of its quantization, which neither Pillow nor torchvision can decode."""
     return content.replace(b"\xff\xdb", b"\xff\xee")

@@ -18,6 +18,7 @@ from crp.attribution import CondAttribution
 from crp.composites import EpsilonPlus
 from crp.engine import backward as engine
 from crp.engine.forward import ForwardPass
+from crp.errors import InputError
 from crp.layers import tracing
 from crp.visualization import FeatureVisualization, Pairs
 from crp.visualization.mining import loading
@@ -27,6 +28,7 @@ from crp.visualization.mining.run import SampleError
 from crp.visualization.mining.selection import select_layers
 from crp.visualization.mining.targets import choose_targets, parse_targets
 from crp.visualization.mining.text_batches import Asked
+from crp.visualization.table.ranking import class_means, class_statistics
 
 
 class Items:
@@ -195,6 +197,12 @@ def test_streams_and_splits_are_refused_before_any_work(tmp_path: Path, dataset:
     assert not (tmp_path / "a").exists()
 
 
+def test_an_error_without_words_is_told_by_its_kind() -> None:
+    assert [Problem.of(error).reason for error in (InputError(""), InputError("\n"), ValueError())] == [
+        "InputError:", "InputError:", "ValueError:"
+    ]  # fmt: skip
+
+
 # --- targets --------------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +358,15 @@ def _concept() -> Any:
     from crp.concepts import ChannelConcept
 
     return ChannelConcept()
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_table_without_labels_has_statistics_of_no_class(tmp_path: Path, cache: bool) -> None:
+    table = run(tmp_path, Data(12, [None] * 12), modes=["activation"])
+    of_concept = class_statistics(table, "conv", 1, "activation", cache=cache)
+    assert [len(column) for column in of_concept] == [0, 0]
+    means = class_means(table, "conv", "activation", cache=cache)
+    assert means.value.shape == (0, table.n_concepts("conv")) and not len(means.targets) and not len(means.rows)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

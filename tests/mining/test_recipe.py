@@ -195,16 +195,16 @@ def test_float16_keeps_values_to_a_2048th_and_ranks_alike(tmp_path: Path, dtype:
 
 
 def test_a_column_of_zeros_and_of_very_large_and_small_values() -> None:
-    factors = np.array([0.0, 1e30, 1e-30, 1.0, 3e38], np.float32)
-    values = np.random.default_rng(0).uniform(-1, 1, (50, 5)).astype(np.float32) * factors
+    factors = np.array([0.0, 1e30, 1e-30, 1.0, 3e38, 1e-41, 1e-44], np.float32)
+    values = np.random.default_rng(0).uniform(-1, 1, (50, 7)).astype(np.float32) * factors
     stored = _stored("relevance.sum/a", [values[:20], values[20:]], "float16")
     small, (scale,) = np.concatenate(stored["relevance.sum/a"]), stored["relevance.sum_scale/a"]
     assert small.dtype == np.float16 and scale.dtype == np.float32 and np.isfinite(small).all()
     kept = small.astype(np.float32) * scale
-    for column in range(5):
+    for column in range(7):
         largest = float(np.abs(values[:, column]).max())
         np.testing.assert_allclose(kept[:, column], values[:, column], rtol=1 / 2048, atol=largest * 2.0**-37)
-    assert not kept[:, 0].any()
+    assert not kept[:, 0].any() and kept[:, 6].any()
 
 
 def test_another_storage_is_refused(tmp_path: Path) -> None:

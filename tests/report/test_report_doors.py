@@ -9,6 +9,7 @@ import torch
 from feature_net import make_fv
 from zennit.composites import EpsilonPlus
 
+from crp.attribution import CondAttribution
 from crp.errors import CRPError
 from crp.visualization import Table, keep_maximized, write_report
 from crp.visualization.objectives import channel
@@ -60,6 +61,29 @@ def test_options_of_a_report(fv, tmp_path, options: dict[str, Any], message: str
     with pytest.raises(CRPError, match=message) as raised:
         fv.report(tmp_path / "out", EpsilonPlus(), verbose=False, **options)
     assert isinstance(raised.value, ValueError | TypeError | LookupError)
+
+
+def test_what_a_dataset_calls_samples_need_not_be_files(fv, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fv.dataset, "samples", [(fv.dataset[0][0], 0)], raising=False)
+    fv.report(tmp_path / "out", EpsilonPlus(), verbose=False, n_references=1)
+    pages = list((tmp_path / "out" / "sample").glob("*.html"))
+    assert pages and all(f"sample {page.name.partition('.')[0]}" in page.read_text() for page in pages)
+
+
+class Opposite(CondAttribution):
+    def heatmap_modifier(self, *arguments, **keywords):
+        return -super().heatmap_modifier(*arguments, **keywords)
+
+
+def test_heatmaps_of_another_attribution_are_drawn_again(fv, tmp_path, monkeypatch) -> None:
+    def drawn() -> dict[str, bytes]:
+        fv.report(tmp_path / "out", EpsilonPlus(), verbose=False, n_references=1)
+        return {str(file): file.read_bytes() for file in (tmp_path / "out" / "maps" / "samples").iterdir()}
+
+    usual = drawn()
+    monkeypatch.setattr(fv, "attribution", Opposite(fv.attribution.model))
+    own = drawn()
+    assert own.keys() == usual.keys() and all(own[file] != usual[file] for file in usual)
 
 
 def test_a_report_is_of_a_feature_visualization_in_a_folder(fv, tmp_path) -> None:

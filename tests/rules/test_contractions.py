@@ -195,6 +195,8 @@ ORDERS = {
     "mish": (F.mish, lambda a, b: F.softplus(a).tanh() * b * a),
     "softsign": (F.softsign, lambda a, b: b * a / (1 + a.abs())),
     "square": (torch.square, lambda a, b: a * b * a),
+    "cancelled": (torch.clone, lambda a, b: (a * (c := a + b)) * (b / c)),
+    "cancelled_before": (torch.clone, lambda a, b: a * (b / (c := a + b) * c)),
     "broadcast": (F.silu, lambda a, b: a * b.mean(-1, keepdim=True) * 6 * a.sigmoid()),
 }
 
@@ -213,6 +215,16 @@ def test_factors_may_be_multiplied_in_any_order(name, kind):
 
     assert_same_map(net(spelled), net(plain), TOKENS[0], kind())
     assert_closes(net(spelled), TOKENS[0], kind())
+
+
+@pytest.mark.parametrize("kind", [AttnLRP, CPLRP, RelP, DeepTaylor])
+def test_two_divisors_that_are_made_of_one_tensor_are_one(kind):
+    layers = {"left": nn.Linear(6, 6), "right": nn.Linear(6, 6), "out": nn.Linear(6, 3)}
+    nets = [
+        seeded(Net(lambda s, x, divided=divided: s.out(divided(s.right(x), s.left(x))), **layers))
+        for divided in (lambda b, a: b / a.exp() / a.cosh(), lambda b, a: b / (a.exp() * a.cosh()))
+    ]
+    assert_same_map(*nets, TOKENS[0], kind())
 
 
 def test_a_product_inside_another_is_no_layer_through_which_relevance_flows():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from deeplift_cases import Call, pairs, relevance, sum_error
@@ -157,6 +159,104 @@ def test_constants_that_depend_on_the_data_are_named(function, named: str) -> No
     x, x0 = pairs(4)
     with pytest.warns(UserWarning, match=rf"other constants than for the reference in {named}\(\): they depend"):
         relevance(Call(function), x, DeepLift(reference=x0))
+
+
+class Chosen(nn.Module):
+    """A function of a tensor and of a number that is 1 for the data and 0 for the reference."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleDict({kind: nn.ModuleList(map(make, (0, 1))) for kind, make in self.kinds.items()})
+        for parameter in self.layers.parameters():
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+        self.up, self.out, self.function = nn.Linear(4, 4), nn.Linear(4, 2), function
+
+    kinds: ClassVar = {
+        "dense": lambda _: nn.Linear(4, 4),
+        "conv": lambda _: nn.Conv1d(1, 1, 3, padding=1),
+        "batch_norm": lambda k: nn.BatchNorm1d(4, eps=0.1 + k),
+        "layer_norm": lambda _: nn.LayerNorm(4),
+    }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.function(self.layers, self.up(x), int(x.sum() > 0)))
+
+
+#: Calls that are other ones for the data than for the reference: by a number, a word, a layer that is chosen, or a way.
+CHOSEN = {
+    "times": (lambda layers, h, k: h * (1 + k), "mul"),
+    "words": (lambda layers, h, k: torch.mul(h, other=1.5 + k), "mul"),
+    "alpha": (lambda layers, h, k: torch.add(h, h, alpha=1 + k), "add"),
+    "plus": (lambda layers, h, k: h + k, "add"),
+    "index": (lambda layers, h, k: h[:, [[0, 1, 2, 3], [1, 0, 2, 3]][k]], "getitem"),
+    "numpy": (lambda layers, h, k: h[:, np.array([[0, 1, 2, 3], [3, 2, 1, 0]][k])], "getitem"),
+    "whole number": (lambda layers, h, k: torch.cat([h[:, 1:], h[:, np.int64(k)][:, None]], 1), "getitem"),
+    "slice": (lambda layers, h, k: h[:, k : k + 3].repeat(1, 2)[:, :4], "getitem"),
+    "roll": (lambda layers, h, k: h.roll(1 + k, 1), "roll"),
+    "axis": (lambda layers, h, k: h.view(-1, 2, 2).sum(1 + k).repeat(1, 2), "sum"),
+    "equation": (
+        lambda layers, h, k: torch.einsum(["bi,ij->bj", "bi,ji->bj"][k], h, h.new_ones(4, 4).triu()),
+        "einsum",
+    ),
+    "dense": (lambda layers, h, k: layers["dense"][k](h), "linear"),
+    "bias": (lambda layers, h, k: F.linear(h, layers["dense"][0].weight, layers["dense"][k].bias), "linear"),
+    "conv": (lambda layers, h, k: layers["conv"][k](h[:, None])[:, 0], "conv1d"),
+    "batch norm": (lambda layers, h, k: layers["batch_norm"][k](h), "batch_norm"),
+    "layer norm": (lambda layers, h, k: layers["layer_norm"][k](h), "layer_norm"),
+    "softmax": (lambda layers, h, k: h.view(-1, 2, 2).softmax(1 + k).flatten(1), "softmax"),
+    "more": (lambda layers, h, k: -h if k else h, "neg"),
+    "fewer": (lambda layers, h, k: h if k else -h, "(linear|neg)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:outside DeepLIFT's rules")
+@pytest.mark.parametrize("variant", ["rescale", "reveal_cancel"])
+@pytest.mark.parametrize("name", CHOSEN)
+def test_calls_that_the_values_choose_are_named(name: str, variant) -> None:
+    """Whole numbers, keywords, words and parameters were not looked at, nor were calls that have a rule."""
+    function, named = CHOSEN[name]
+    x = pairs(4)[0].abs()
+    model = Chosen(function).double().eval()
+    with pytest.warns(UserWarning, match=rf"other constants than for the reference in .*\b{named}\(\)"):
+        found = relevance(model, x, DeepLift(reference=-x, variant=variant))
+    assert sum_error(model, x, -x, found) > 1e-3, "which is why"
+
+
+def test_a_call_that_is_left_at_the_end_is_named() -> None:
+    x = pairs(4)[0].abs()
+    model = Call(lambda x: x if x.sum() > 0 else x.flip(1))
+    with pytest.warns(UserWarning, match=r"other constants than for the reference in flip\(\)"):
+        relevance(model, x, DeepLift(reference=-x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda layers, h, k: F.elu(h, 1.0 + k),
+        lambda layers, h, k: F.leaky_relu(h, 0.1 + 0.1 * k),
+        lambda layers, h, k: h.clamp(max=0.1 + k),
+        lambda layers, h, k: (h.contiguous() if k else h).view(len(h), 2, -1)[:, :, [0, 1]].flatten(1),
+    ],
+)
+def test_elementwise_functions_may_be_others(function) -> None:
+    """Rescale compares their values; and a copy changes none."""
+    x = pairs(4)[0].abs()
+    model = Chosen(function).double().eval()
+    assert sum_error(model, x, -x, relevance(model, x, DeepLift(reference=-x))) < 1e-13
+
+
+class OfOneSample(DeepLift):
+    """All samples have one reference, which the model sees once."""
+
+    def reference_for(self, data: Tensor, number: int) -> Tensor:
+        return torch.zeros_like(data[:1]).requires_grad_()
+
+
+def test_numbers_of_samples_are_no_constants() -> None:
+    x, _ = pairs(6)
+    model = Call(lambda x: x.tanh().view(len(x), 2, 3).sum(1).expand(len(x), 3))
+    assert torch.equal(relevance(model, x, OfOneSample()), relevance(model, x, DeepLift()))
 
 
 @pytest.mark.parametrize(

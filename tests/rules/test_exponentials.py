@@ -454,3 +454,22 @@ def test_a_softmax_that_is_recorded_has_what_flows_through_it(layer):
     parts = [attribution(data, [{"y": 1, layer: [i]}], AttnLRP()).heatmap for i in range(6)]
     only = attribution(data, [{"y": 1, layer: list(range(6))}], AttnLRP()).heatmap
     assert only.abs().max() > 0 and off(sum(parts), only) <= 1e-9
+
+
+def of_a_copy(q, k, v):
+    e = logits(q, k).exp()
+    return e / e.sum(-1, keepdim=True).clone().add_(1e-3) @ v
+
+
+def of_an_exponent(q, k, v):
+    scores = logits(q, k)
+    e = scores.exp()
+    scores.mul_(2)
+    return e @ v / e.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attend", [of_a_copy, of_an_exponent])
+def test_a_softmax_of_what_was_overwritten_since_is_refused(attend, kind):
+    with pytest.raises(InputError, match=r"a softmax that is written out, and something .* was overwritten"):
+        CondAttribution(net(attend))(DATA, [{"y": 1}], kind())

@@ -448,3 +448,17 @@ def test_weights_of_chosen_experts_are_held_constant(name, kind):
 
     model, held = seeded(Experts(False)), seeded(Experts(True))
     assert_same_map(model, held, numbers(3, 6), kind())
+
+
+@pytest.mark.parametrize("kind", [CPLRP, RelP, EpsilonPlus])
+def test_a_gate_is_one_although_it_was_moved_and_a_zero_is_added(kind):
+    """As by ``sum(gates)``, which begins with 0."""
+
+    def net(moved):
+        layers = {name: nn.Linear(6, size) for name, size in (("gate", 6), ("values", 6), ("head", 3))}
+        return seeded(
+            core_cases.Net(lambda s, x: s.head(moved(s.gate(x).sigmoid()).mT @ s.values(x)).mean(1), **layers)
+        )
+
+    found, wanted = (net(moved) for moved in (lambda gate: sum([gate[:, :, :]]), lambda gate: gate))
+    assert_same_map(found, wanted, numbers(2, 4, 6), kind())

@@ -193,6 +193,68 @@ def test_other_activations_are_warned_of():
         CondAttribution(model)(torch.randn(1, 6).double(), [{"y": 0}], GuidedBackprop())
 
 
+class Inside(nn.Module):
+    """A function between two layers, behind a ReLU."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(6, 5).double(), nn.Linear(5, 2).double(), function
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x.relu())))
+
+
+def put(h):
+    h = h.clone()
+    h[h < 0] = 0
+    return h
+
+
+#: ReLU and its like by other functions, and that which is named.
+WRITTEN = {
+    "mask": (lambda h: h * (h > 0), "mul"),
+    "where": (lambda h: torch.where(h > 0, h, 0.0), "where"),
+    "where leaky": (lambda h: torch.where(h > 0, h, 0.1 * h), "where"),
+    "fill": (lambda h: h.masked_fill(h < 0, 0), "masked_fill"),
+    "put": (put, "masked_fill"),
+    "absolute": (lambda h: (h + h.abs()) / 2, "add"),
+    "stacked": (lambda h: torch.stack([h, torch.zeros_like(h)]).amax(0), "amax"),
+    "softsign": (lambda h: h / (1 + h.abs()), "div"),
+}
+
+
+@pytest.mark.parametrize("method", [GuidedBackprop, DeconvNet, BetaSmooth])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_activations_that_are_written_out_are_warned_of(name, method):
+    """They had the plain gradient without a word."""
+    function, named = WRITTEN[name]
+    with pytest.warns(
+        UserWarning, match=rf"{method.__name__} has no rule for .*\b{named}\(\).*; the ordinary chain rule"
+    ):
+        CondAttribution(Inside(function).eval())(torch.randn(1, 6).double(), [{"y": 0}], method())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.abs,
+        lambda h: 2 * h + 1,
+        lambda h: h * h.sign(),
+        lambda h: h * torch.eye(5)[0].double(),
+        lambda h: 2 * h.relu(),
+        lambda h: -(h.relu() + 1),
+        lambda h: torch.stack([h.relu(), 0.5 * h.relu()]).sum(0) / 3,
+        lambda h: (h.relu() + 1) * 2 + h,
+    ],
+)
+def test_functions_that_are_no_activations_are_not_warned_of(function):
+    model, data = Inside(function).eval(), torch.randn(1, 6).double()
+    for method in (GuidedBackprop, DeconvNet, BetaSmooth, Gradient, GradientTimesInput):
+        CondAttribution(model)(data, [{"y": 0}], method())
+    for name in WRITTEN:
+        CondAttribution(Inside(WRITTEN[name][0]).eval())(data, [{"y": 0}], Gradient())
+
+
 def test_rule_can_be_given_for_another_activation():
     model, data = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 2)).double(), torch.randn(3, 6).double()
     (w1, b1), (w2, _) = weights(model)

@@ -163,6 +163,7 @@ SPELLINGS = {
     one_more_softsign: {"by_abs": lambda a: 1 + a / (1 + a.abs())},
     half_more_softsign: {"by_abs": lambda a: a / (1 + a.abs()) + 0.5},
 }
+ORDER = torch.tensor([3, 0, 1, 5, 2, 4])
 #: Functions of one tensor by softmax, beside numbers or what else is made of it; and by numbers beside exponentials.
 BY_EXPONENTIALS = {
     "one": (torch.sigmoid, lambda a: torch.softmax(torch.stack([a, torch.zeros_like(a)], -1), -1)[..., 0]),
@@ -173,6 +174,15 @@ BY_EXPONENTIALS = {
     "padded_by_aten": (torch.sigmoid, lambda a: torch.ops.aten.pad(a[None], [0, 0, 0, 0, 0, 1]).softmax(0)[0]),
     "taken_apart": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).unbind(1)[0]),
     "in_chunks": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], 1).softmax(1).chunk(2, 1)[0].squeeze(1)),
+    "taken_by_index": (torch.sigmoid, lambda a: torch.stack([a, 0 * a], -1).softmax(-1)[..., ORDER[1:2]].squeeze(-1)),
+    "selected": (torch.sigmoid, lambda a: torch.stack([a, 0 * a]).softmax(0).index_select(0, ORDER[1:2])[0]),
+    "in_another_order": (lambda a: F.hardsigmoid(a)[:, ORDER], lambda a: F.relu6(a + 3)[:, ORDER] / 6),
+    "gathered": (lambda a: F.hardsigmoid(a)[:, ORDER], lambda a: (a + 3).gather(1, ORDER.expand(3, 6)).clamp(0, 6) / 6),
+    "moved_exponentials": (
+        lambda a: 1 / (a.sigmoid() ** 2 + 2),
+        lambda a: 1 / ((1 / (1 + (-a).exp().flatten().view_as(a))) ** 2 + 2),
+    ),
+    "dropout_in_evaluation": (F.hardsigmoid, lambda a: (F.dropout(F.relu(a + 3), training=False) - F.relu(a - 3)) / 6),
     "rest": (torch.sigmoid, lambda a: 1 - torch.stack([a, 0 * a], 1).softmax(1)[:, 1]),
     "logarithm": (F.logsigmoid, lambda a: torch.stack([a, 0 * a], -1).log_softmax(-1)[..., 0]),
     "one_more_elu": (one_more_elu, lambda a: torch.where(a > 0, a + 1, a.exp())),

@@ -130,6 +130,32 @@ def test_weights_of_attention_that_a_relu_has_made_share_with_values(attention):
         assert off(found, wanted) <= 1e-12
 
 
+#: Numbers that are divided by their sum along the last axis.
+NORMALIZED = {
+    "div": lambda p: p / p.sum(-1, keepdim=True),
+    "div_": lambda p: p.div_(p.sum(-1, keepdim=True)),
+    "by the inverse": lambda p: p * p.sum(-1, keepdim=True).reciprocal(),
+    "normalize": lambda p: F.normalize(p, p=1, dim=-1),
+}
+
+
+@pytest.mark.parametrize("attention", ["constant", "split"])
+@pytest.mark.parametrize("spelling", NORMALIZED)
+def test_sigmoids_that_are_divided_by_their_sum_weight_as_attention_does(spelling, attention):
+    """Nothing chooses among them, as a router does among experts: they share with values, or are held constant."""
+
+    def weights(q, k):
+        return NORMALIZED[spelling]((q @ k.mT).sigmoid())
+
+    q, k, v, r = (numbers(2, 4, 3, seed=seed) for seed in range(4))
+    (of_q, of_k, of_v), _ = explain(lambda q, k, v: weights(q, k) @ v, (q, k, v), r, lrp(attention))
+    p = weights(q, k)
+    m, part = r / (p @ v), 0.5 if attention == "split" else 0.0
+    below = part * p * (m @ v.mT) / (q @ k.mT) / 2  # (the sum and a sigmoid hand on what they get; q and k share it)
+    for found, wanted in ((of_q, q * (below @ k)), (of_k, k * (below.mT @ q)), (of_v, (1 - part) * v * (p.mT @ m))):
+        assert (found - wanted).abs().max() <= 1e-12 * r.abs().max()
+
+
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_both_inputs_of_a_bilinear_layer_take_half(attention):
     """Of what the bias does not keep; as an einsum of both and the weight."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import importlib
 import linecache
 import subprocess
 import sys
@@ -360,6 +361,68 @@ def test_the_code_of_own_classes_counts() -> None:
     first = "class Rule:\n    def go(self, x):\n        return x + 1"
     assert fingerprint(build(first)) == fingerprint(build(first))
     assert fingerprint(build(first)) != fingerprint(build(first.replace("1", "2")))
+
+
+OWN_SCALE = """
+from torch import nn
+
+SCALE = {scale}
+
+def change(x):
+    return x * {scale}
+
+class Change:
+    table = {{"by": [{scale}]}}
+
+    def __call__(self, x):
+        return x * self.table["by"][0]
+
+class Net(nn.Module):
+    @property
+    def factor(self):
+        return {scale}
+
+    def forward(self, x):
+        return x * self.factor
+"""
+OWN_READER = """
+import own_scale
+from own_scale import Change
+
+def by_function(x):
+    return own_scale.change(x)
+
+def by_number(x):
+    return own_scale.SCALE * x
+
+def by_class(x):
+    return Change()(x)
+
+def by_attribute(x):
+    return by_attribute.scale * x
+by_attribute.scale = own_scale.SCALE
+"""
+
+
+@pytest.mark.parametrize("name", ["by_function", "by_number", "by_class", "by_attribute", "Change", "Net"])
+def test_what_is_read_in_modules_and_classes_of_ones_own_counts(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_reader.py").write_text(OWN_READER)
+
+    def of_scale(scale: int) -> str:
+        (tmp_path / "own_scale.py").write_text(OWN_SCALE.format(scale=scale))
+        for module in ("own_scale", "own_reader"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        linecache.checkcache()
+        importlib.invalidate_caches()
+        value = getattr(importlib.import_module("own_reader"), name, None)
+        value = getattr(importlib.import_module("own_scale"), name)() if name in ("Change", "Net") else value
+        return fingerprint(value)
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert of_scale(2) == of_scale(2) != of_scale(3)
 
 
 # --- the source of functions ------------------------------------------------------------------------------------------

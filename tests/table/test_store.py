@@ -502,10 +502,37 @@ def test_an_unreadable_lock_counts(tmp_path: Path) -> None:
         pass
 
 
+def test_a_process_that_the_system_hides_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of another user, where ``/proc`` shows each their own (``hidepid``)."""
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    other, usual = tmp_path / "lock-other.json", Path.read_text
+    other.write_text(owner(pid=process.pid, started=lock._started(process.pid)))
+
+    def hidden(path: Path, *arguments: Any, **keywords: Any) -> str:
+        if path == Path(f"/proc/{process.pid}/stat"):
+            raise FileNotFoundError
+        return usual(path, *arguments, **keywords)
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    monkeypatch.setattr(os, "kill", refuse)
+    try:
+        with pytest.raises(TableLockedError, match=f"process {process.pid} "), locked(tmp_path):
+            pass
+    finally:
+        process.communicate()
+
+
 def test_systems_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.communicate()
-    monkeypatch.setattr(Path, "exists", lambda _: False)
+
+    def absent(*_: Any, **__: Any) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", absent)
     assert lock._started(os.getpid()) == ""
     assert lock._started(process.pid) is None
 

@@ -263,6 +263,10 @@ def test_parts_do_not_depend_on_what_the_caller_changes_between():
 
 CHANGES = {
     "in place": (lambda m: m[3].weight.mul_(2), "'3.weight'"),
+    "through data": (lambda m: m[3].weight.data[1].mul_(2), "'3.weight'"),
+    "through an array": (lambda m: m[0].bias.detach().numpy().__imul__(2), "'0.bias'"),
+    "a buffer through data": (lambda m: m[1].running_var.data.add_(1), "'1.running_var'"),
+    "other memory": (lambda m: setattr(m[3].weight, "data", m[3].weight.data * 2), "'3.weight'"),
     "loaded": (lambda m: m.load_state_dict(net(1).state_dict()), "'0.weight', '0.bias'"),
     "another parameter": (lambda m: setattr(m[3], "weight", nn.Parameter(m[3].weight * 2)), "'3.weight'"),
     "another layer": (lambda m: m.__setitem__(3, nn.Conv2d(4, 3, 3).double().eval()), "'3.weight', '3.bias'"),

@@ -152,6 +152,9 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
             wrong()
     with pytest.raises(ValueError, match="bins must be a whole number of at least 1, not 0"):
         histogram(table, RowSelection("a"), 1, 0)
+    for bins in ([1.0, 0.5], [0.5], [np.nan, 1.0], [[0.0, 1.0]], np.array(3)):
+        with pytest.raises(ValueError, match="bins must be a number, or edges in ascending order, not"):
+            histogram(table, RowSelection("a"), 1, bins)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"no value of concept 1 is between 50\.0 and 60\.0: there is no density"):
         histogram(table, RowSelection("a"), 1, [50, 55, 60], density=True)
     assert not histogram(table, RowSelection("a"), 1, [50, 55, 60]).height.any()

@@ -22,8 +22,9 @@ from crp.helper import load_maximization, load_stat_targets, load_statistics
 from crp.hooks import FeatVisHook
 from crp.maximization import Maximization
 from crp.statistics import Statistics
-from crp.visualization import FeatureVisualization, Table
-from crp.visualization.table.store import TableError
+from crp.visualization import FeatureVisualization, ImageCache, Table
+from crp.visualization.mining import batches
+from crp.visualization.table.store import TableError, TableMismatchError
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -154,6 +155,40 @@ def test_modes_that_are_left_out_are_not_kept(tmp_path):
         load_maximization(fv.RelMax.PATH, "first")
 
 
+class Sevenfold(CondAttribution):
+    factor = 7.0
+
+    def relevance_init(self, *args: Any) -> Any:
+        return super().relevance_init(*args) * self.factor
+
+
+def test_relevance_by_an_attribution_of_ones_own_is_not_mixed_with_any_other(tmp_path):
+    plain = make_fv(tmp_path)
+    plain.run(EpsilonPlus(), 0, 6, **QUIET)
+    own = make_fv(tmp_path)
+    own.attribution = Sevenfold(own.attribution.model)
+    with pytest.raises(TableMismatchError, match=r"another attribution \(attribution none there, .*Sevenfold here"):
+        own.run(EpsilonPlus(), 6, 12, **QUIET)
+    own.run(EpsilonPlus(), 0, 6, overwrite=True, **QUIET)
+    own.attribution.factor = 8.0
+    with pytest.raises(TableMismatchError, match="another attribution"):
+        own.run(EpsilonPlus(), 6, 12, **QUIET)
+
+
+def test_a_cache_keeps_pictures_by_an_attribution_of_ones_own_apart(tmp_path):
+    plain = mined(tmp_path, cache=ImageCache(tmp_path / "cache"))
+    asked = ([0], "first", "relevance", (0, 1), EpsilonPlus())
+    own = make_fv(tmp_path, cache=plain.Cache)
+    own.attribution = Opposite(own.attribution.model)
+    drawn = [np.asarray(fv.get_max_reference(*asked)[0][1]) for fv in (plain, own)]
+    assert (drawn[0] != drawn[1]).any()
+
+
+class Opposite(CondAttribution):
+    def heatmap_modifier(self, *args: Any, **kwargs: Any) -> Any:
+        return -super().heatmap_modifier(*args, **kwargs)
+
+
 # --- ranges, resuming, overwriting ------------------------------------------------------------------------------------
 
 
@@ -165,20 +200,20 @@ def test_S20_a_second_range_is_added(tmp_path):
     assert_same(results(fv), results(mined(tmp_path / "whole")))
 
 
-def test_a_finished_range_is_not_computed_again(tmp_path):
+def test_a_finished_range_is_not_computed_again(tmp_path, monkeypatch):
     fv = mined(tmp_path)
     before = results(fv)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed again")
 
-    fv.attribution.__class__ = type("Broken", (CondAttribution,), {"__call__": fail})
+    monkeypatch.setattr(batches, "score_unit", fail)
     saved = fv.run(EpsilonPlus(), 0, 12, **QUIET)
     assert len(saved["r_max"]) == 2
     assert_same(results(fv), before)
 
 
-def test_L6_an_interrupted_run_goes_on_where_it_was(tmp_path):
+def test_L6_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     dataset = Images(broken={5: RuntimeError("disk trouble")})
     fv = make_fv(tmp_path, dataset)
     with pytest.raises(RuntimeError, match=r"sample 5: .*disk trouble"):
@@ -186,14 +221,13 @@ def test_L6_an_interrupted_run_goes_on_where_it_was(tmp_path):
     dataset.broken.clear()
     fv = make_fv(tmp_path, dataset)
     seen: list[int] = []
-    original = CondAttribution.__call__
+    original = batches.score_unit
 
-    class Counting(CondAttribution):
-        def __call__(self, data: Tensor, *args: Any, **kwargs: Any) -> Any:
-            seen.append(len(data))
-            return original(self, data, *args, **kwargs)
+    def counting(*args: Any, unit: Any, **kwargs: Any) -> Any:
+        seen.append(len(unit))
+        return original(*args, unit=unit, **kwargs)
 
-    fv.attribution.__class__ = Counting
+    monkeypatch.setattr(batches, "score_unit", counting)
     fv.run(EpsilonPlus(), 0, 12, batch_size=2, checkpoint=1, progress=False)
     assert sum(seen) == 8
     assert_same(results(fv), results(mined(tmp_path / "whole")))

@@ -265,7 +265,7 @@ class _Batch:
         ready = []
         for index, data in zip(indices, batch, strict=True):
             try:
-                ready.append(([index], preparation.one(data[None])))
+                ready.append(([index], preparation.each(data[None])))
             except Exception as error:
                 self._drop(index, Problem.of(error, "preprocess: ").reason, error)
         return ready

@@ -189,7 +189,7 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, error: Exception, doing: str = "") -> Problem:
         """Problem of an exception, described without addresses, so that the text is the same in every run."""
-        text = str(error) if isinstance(error, CRPError) else f"{type(error).__name__}: {error}"
+        text = (isinstance(error, CRPError) and str(error).strip()) or f"{type(error).__name__}: {error}"
         text = _ADDRESS.sub("", text.strip().splitlines()[0])[:300]
         # Exceptions of worker processes stay there: not every one can be pickled.
         return cls(f"{doing}{text}", error if get_worker_info() is None else None)

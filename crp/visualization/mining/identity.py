@@ -17,8 +17,7 @@ from crp.notices import warn
 from crp.visualization.mining.datasets import read
 from crp.visualization.mining.marks import content_of, source_of, stamp_of
 from crp.visualization.table.columns import SampleColumns, read_columns
-from crp.visualization.table.manifest import ShardRecord, TableCorruptError, TableError, TableMismatchError
-from crp.visualization.table.shards import check_shard
+from crp.visualization.table.manifest import TableCorruptError, TableError, TableMismatchError
 from crp.visualization.table.store import ELSEWHERE, Table
 
 #: Samples whose content the manifest keeps.
@@ -71,10 +70,10 @@ def check_dataset(table: Table, dataset: Any, probes: Mapping[str, str] | None =
     try:
         _check_samples(table, dataset, probes)
     except TableMismatchError:
-        sound = _get_sound(table)
-        if len(sound) == len(table.shards):
+        if not (problems := table.problems()):
             raise
         # What differs may be in a damaged shard, which is mined again.
+        sound = [shard for shard in table.shards if shard.file not in problems]
         _check_samples(Table(table.path, table.header, sound), dataset, probes)
 
 
@@ -124,15 +123,6 @@ def _check_marks(
             f"that were compared can be read ({reason}); if that passes, try again"
         )
     warn(f"{len(unreadable)} samples that were mined cannot be read, and were not compared ({reason})")
-
-
-def _get_sound(table: Table) -> list[ShardRecord]:
-    found = []
-    for shard in table.shards:
-        with suppress(TableCorruptError):
-            check_shard(table.path / "shards", shard)
-            found.append(shard)
-    return found
 
 
 def _changed_files(table: Table, dataset: Any, columns: list[SampleColumns], chooser: random.Random) -> list[int]:

@@ -20,7 +20,7 @@ from crp.checks import check_choice, check_number
 from crp.concepts import Concept
 from crp.engine.attached import check_composite, composite_on
 from crp.engine.door import check_attribution, check_device
-from crp.engine.encoding import Encoding
+from crp.engine.encoding import is_product, propagation_of
 from crp.engine.independence import check_independent, check_keeps_nothing
 from crp.engine.inputs import Inputs
 from crp.engine.taps import check_layers, in_model_order
@@ -32,7 +32,7 @@ from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.encoded import Encoded, encoded_in, files_of, on_device
 from crp.visualization.mining.identity import probe
-from crp.visualization.mining.recipe import make_recipe
+from crp.visualization.mining.recipe import fingerprint_attribution, make_recipe
 from crp.visualization.mining.targets import Targets, check_has, count_outputs, parse_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
@@ -283,9 +283,9 @@ def _check_multipliers(
     attribution: CondAttribution, concepts: Mapping[str, Concept], composite: Composite | None
 ) -> None:
     """Refuse concepts that need multipliers under composites that have none."""
-    encoding = Encoding.of(composite_on(attribution.model, composite))
+    asked = propagation_of(composite_on(attribution.model, composite))
     for layer, concept in concepts.items():
-        if getattr(concept, "needs_multiplier", False) and not encoding.is_product:
+        if getattr(concept, "needs_multiplier", False) and not is_product(asked):
             raise InputTypeError(
                 f"layer_map[{layer!r}]: {concept!r} needs multipliers, whose product with activation is relevance; "
                 f"{composite!r} has none. Use one of crp.composites, such as EpsilonPlus or GradientTimesInput"
@@ -323,6 +323,8 @@ def _header(
     }
     if targets != "label":
         make["targets"] = lambda: fingerprint(targets)
+    if mark := fingerprint_attribution(attribution):
+        make["attribution"] = lambda: mark
     if attribution.output is not None:
         make["output"] = lambda: fingerprint(attribution.output)
     if (encoded := encoded_in(dataset)) is not None:
@@ -331,7 +333,8 @@ def _header(
         make["shapes"] = lambda: fingerprint("mixed")
     known = dict(options.fingerprints or {})
     probes = {} if "dataset" in known else probe(files_of(dataset))
-    if differing := [index for index, mark in probes.items() if mark.startswith("(")]:
+    readings = probes if encoded is None else probe(dataset, map(int, probes))  # (files stay as they are)
+    if differing := [index for index, mark in readings.items() if mark.startswith("(")]:
         warn(
             f"dataset[{differing[0]}] gives other data at every reading, as under a random transform: what is "
             "shown later is not what is mined. Take random transforms off the dataset"

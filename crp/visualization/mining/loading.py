@@ -17,6 +17,7 @@ from crp.visualization.mining.marks import content_of, contents_of, stamp_of
 
 #: Bytes that are taken for a batch before its samples are known, which may be smaller than the first.
 _MOST_BESIDE = 1 << 30
+_BY_THREADS = 32768  #: entries from which torch copies by threads, which would wait while others write shards
 _NOTHING = torch.empty(0)
 
 
@@ -101,9 +102,8 @@ class _Beside:
             return tensor.clone()
         row, memory = next(self._rows)
         self._n_used += 1
-        if not tensor.is_contiguous():
+        if tensor.numel() < _BY_THREADS or not tensor.is_contiguous():
             return row.copy_(tensor)
-        # (by one thread: several of torch's would wait for each other while other threads write shards)
         np.copyto(memory, _memory_of(tensor[None])[0])
         return row
 

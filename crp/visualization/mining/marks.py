@@ -34,14 +34,20 @@ class Source(NamedTuple):
     name: str
 
 
+def _behind(dataset: Any, index: int) -> tuple[Any, int]:
+    """Dataset inside of a `torch.utils.data.Subset`, and the index of a sample there; anything else as it is."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    return dataset, index
+
+
 def source_of(dataset: Any, index: int) -> Source | None:
     """File of a sample, where the dataset tells it.
 
     Datasets of this package have a method ``source``, torchvision's folders a list ``samples`` and a ``root``; of a
     `torch.utils.data.Subset` the dataset inside is asked.
     """
-    while isinstance(dataset, Subset):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
+    dataset, index = _behind(dataset, index)
     if callable(own := getattr(dataset, "source", None)):
         found = own(index)
         return found if isinstance(found, Source) else None
@@ -49,8 +55,8 @@ def source_of(dataset: Any, index: int) -> Source | None:
     if isinstance(listed, list) and isinstance(root, str | Path) and index < len(listed):
         path = listed[index][0] if isinstance(listed[index], tuple) and listed[index] else None
         if isinstance(path, str | Path):
-            inside = Path(path).is_relative_to(root)
-            return Source(str(root), Path(path).relative_to(root).as_posix() if inside else str(path))
+            is_below = Path(path).is_relative_to(root)
+            return Source(str(root), Path(path).relative_to(root).as_posix() if is_below else str(path))
     return None
 
 

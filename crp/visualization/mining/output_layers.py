@@ -24,10 +24,6 @@ class OutputLayer:
     is explained, it is the only one that is scored; of several positions of a text, relevance is sent back to the
     input of the layer together. The beginning of a text decides: its relevance must be the same as by scores of all
     positions. (It is not where a model puts something past the layer, or reads scores of other positions.)
-
-    Parameters
-    ----------
-    job : Job
     """
 
     def __init__(self, job: Job) -> None:

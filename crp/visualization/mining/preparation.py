@@ -35,10 +35,6 @@ class Preparation:
         self._function = function
         self._takes_batches: bool | None = None
 
-    def one(self, sample: Tensor) -> Tensor:
-        """A sample of shape (1, ...), prepared."""
-        return self._function(sample)
-
     def each(self, samples: Tensor) -> Tensor:
         """Samples of shape (samples, ...), prepared one by one; of copies, as the function may work in place."""
         return torch.cat([self._function(sample[None].clone()) for sample in samples])

@@ -20,6 +20,7 @@ from crp.layers import unwrap
 from crp.visualization.mining.encoded import encoded_in
 from crp.visualization.mining.marks import source_of
 from crp.visualization.mining.texts import texts_in
+from crp.visualization.table.fingerprint import fingerprint
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 #: Characters of what has no plainer words, entries of a list, and levels of lists in lists.
@@ -61,6 +62,8 @@ def make_recipe(
         "layers": {layer: _describe_concept(concept) for layer, concept in concepts.items()},
         "dataset": {"class": _name(getattr(dataset, "dataset", dataset))} | folder,
     }
+    if fingerprint_attribution(attribution):
+        recipe["attribution"] = _name(attribution)
     if attribution.output is not None:
         recipe["output"] = {"function": in_words(attribution.output), "exclusive": attribution.exclusive}
     encoded = encoded_in(dataset)
@@ -74,6 +77,13 @@ def make_recipe(
         words, known = in_words(value), recipe.get(key)
         recipe[key] = known | words if isinstance(words, dict) and isinstance(known, dict) else words
     return recipe
+
+
+def fingerprint_attribution(attribution: CondAttribution) -> str:
+    """Fingerprint of a subclass with its own state, or of methods that are set on an object; empty if all is usual."""
+    usual = CondAttribution(torch.nn.Identity())
+    own = {name: value for name, value in vars(attribution).items() if name not in vars(usual)}
+    return fingerprint((type(attribution), own)) if own or type(attribution) is not CondAttribution else ""
 
 
 def in_words(value: Any, depth: int = 0) -> Any:

@@ -83,8 +83,9 @@ def _stored(key: str, parts: Sequence[Array], storage: str) -> dict[str, Sequenc
         return {key: [part.astype(np.uint16) for part in parts] if fits else parts}
     if storage == "float32" or not slash or parts[0].ndim != 2:
         return {key: parts}
-    # A scale that is a power of two changes no digit: what is lost is what float16 rounds.
+    # A scale that is a power of two changes no digit: what is lost is what float16 rounds. The least divides all.
     largest = np.max([np.abs(part).max(axis=0, initial=0) for part in parts], axis=0)
-    exponent = np.frexp(np.where(largest > 0, largest, 1))[1] - np.frexp(_LARGEST)[1] + 1
+    least = np.finfo(largest.dtype).minexp - np.finfo(largest.dtype).nmant
+    exponent = (np.frexp(np.where(largest > 0, largest, 1))[1] - np.frexp(_LARGEST)[1] + 1).clip(least)
     scale = np.ldexp(np.ones_like(largest), exponent)
     return {key: [(part / scale).astype(np.float16) for part in parts], f"{name}_scale/{layer}": [scale]}

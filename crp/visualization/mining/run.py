@@ -32,7 +32,7 @@ from crp.visualization.mining.job import Job, MiningKeywords, prepare
 from crp.visualization.table.files import make_folder, make_own_folder, write_atomic
 from crp.visualization.table.fingerprint import fingerprint_dataset
 from crp.visualization.table.lock import TableLockedError, locked
-from crp.visualization.table.manifest import ShardRecord, TableCorruptError
+from crp.visualization.table.manifest import ShardRecord
 from crp.visualization.table.shards import check_shard
 from crp.visualization.table.store import Table
 from crp.wording import counted
@@ -85,10 +85,6 @@ def mine(
         Mine by the workers of a Dask cluster, which must see the same folder.
     **options
         As the attributes of `crp.visualization.mining.job.MiningOptions`, such as ``batch_size=64``.
-
-    Returns
-    -------
-    Table
 
     Raises
     ------
@@ -143,8 +139,7 @@ def _mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
             Table.discard(job.path)
         job, table = _opened(job, start, stop)
         table.clean()
-        for problem in table.drop_damaged():
-            warn(f"{problem.partition(';')[0]}; its samples are mined again")
+        _tell_damaged(table.drop_damaged())
         table.adopt()
         before = table.coverage(start, stop)
         todo = before.missing
@@ -176,8 +171,9 @@ def _mine_part(job: Job, start: int, stop: int, part: tuple[int, int]) -> Table:
     with locked(job.path, "part"):
         with _turn(job.path):
             job, table = _opened(job, start, stop)
-        others = (shard.start // job.shard_size % n != number for shard in table.shards)
-        sound = [s for s, other in zip(table.shards, others, strict=True) if other or _is_sound(table, s)]
+        problems = table.problems(shard for shard in table.shards if shard.start // job.shard_size % n == number)
+        _tell_damaged(problems.values())
+        sound = [shard for shard in table.shards if shard.file not in problems]
         listed = Table(table.path, table.header, [*sound, *table.unlisted()])
         todo = listed.coverage(start, stop).missing
         if job.options.retry_skipped:
@@ -287,13 +283,9 @@ def _turn(path: Path) -> Iterator[None]:
         yield
 
 
-def _is_sound(table: Table, shard: ShardRecord) -> bool:
-    try:
-        check_shard(table.path / "shards", shard)
-    except TableCorruptError as error:
-        warn(f"{str(error).partition(';')[0]}; its samples are mined again")
-        return False
-    return True
+def _tell_damaged(problems: Iterable[str]) -> None:
+    for problem in problems:
+        warn(f"{problem.partition(';')[0]}; its samples are mined again")
 
 
 def _with_skipped(shards: Iterable[ShardRecord], start: int, stop: int) -> list[tuple[int, int]]:

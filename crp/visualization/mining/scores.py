@@ -66,12 +66,7 @@ _forms: WeakKeyDictionary[CondAttribution, dict[Hashable, dict[str, ColumnForm]]
 
 
 class Scoring:
-    """Scores of all concepts of all layers; equal ones score alike, so that a recorded one serves a later run, too.
-
-    Parameters
-    ----------
-    job : Job
-    """
+    """Scores of all concepts of all layers; equal ones score alike, so that a recorded one serves a later run, too."""
 
     def __init__(self, job: Job) -> None:
         self._concepts, self._kinds = job.concepts, tuple(job.header.kinds)

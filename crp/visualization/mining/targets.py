@@ -19,7 +19,7 @@ from crp.attribution import CondAttribution
 from crp.concepts import ChannelConcept, as_ids
 from crp.engine.attached import put_on
 from crp.engine.conditions import Rows
-from crp.engine.encoding import Encoding
+from crp.engine.encoding import propagation_of
 from crp.engine.forward import check_one_entry, record_outputs
 from crp.engine.results import Part
 from crp.engine.settings import Reading, Settings
@@ -154,7 +154,7 @@ def check_has(targets: Sequence[int], n_outputs: int | None) -> None:
 
 def keeps_graph(composite: Composite | None) -> bool:
     """Whether rules are part of autograd's graph, so that several backward passes can use one forward pass."""
-    return composite is None or Encoding.of(composite).multiplier
+    return composite is None or propagation_of(composite).encoding == "multiplier"
 
 
 def calls_itself(attribution: CondAttribution) -> bool:

@@ -262,12 +262,6 @@ class Filling:
     """Fills up texts of a batch to one length, if the model says the same of a text that is filled up.
 
     The first batch with texts of several lengths decides, by its shortest text.
-
-    Parameters
-    ----------
-    texts : Texts
-    attribution : CondAttribution
-    device : torch.device
     """
 
     def __init__(self, texts: Texts, attribution: CondAttribution, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.visualization.mining.datasets import indexed
-from crp.visualization.mining.marks import Source, source_of
+from crp.visualization.mining.marks import Source, _behind, source_of
 from crp.wording import shortened
 
 #: What a model may read of every token, beside its id.
@@ -238,25 +238,20 @@ def texts_in(dataset: Any) -> Texts | None:
 
 def words_in(dataset: Any, index: int) -> Words:
     """Words of a sample of a dataset of texts, which may be behind a `torch.utils.data.Subset`."""
-    texts, inside = _behind(dataset, index)
-    return texts.words(inside)
+    texts, number = _behind(dataset, index)
+    words: Words = texts.words(number)
+    return words
 
 
 def place_in(dataset: Any, index: int) -> int:
     """Which text a sample of such a dataset is of."""
-    texts, inside = _behind(dataset, index)
-    return texts.place(inside)
+    texts, number = _behind(dataset, index)
+    return int(texts.place(number))
 
 
 def n_items_of(dataset: Any, samples: Sequence[int]) -> int:
     """Number of items that samples are made of: fewer than samples where these are positions of one text."""
     return len({place_in(dataset, sample) if texts_in(dataset) is not None else sample for sample in samples})
-
-
-def _behind(dataset: Any, index: int) -> tuple[Texts, int]:
-    while isinstance(dataset, Subset):
-        dataset, index = dataset.dataset, int(dataset.indices[index])
-    return dataset, index
 
 
 def words_of(tokenizer: Any, ids: Sequence[int], text: str | None) -> tuple[tuple[str, ...], frozenset[int]]:

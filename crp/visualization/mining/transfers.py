@@ -18,10 +18,6 @@ from crp.visualization.table.manifest import Array
 class Transfers:
     """Copies samples to a device and scores back, each in one piece, and counts what it does.
 
-    Parameters
-    ----------
-    device : torch.device
-
     Attributes
     ----------
     to_device, to_host, waits : int

@@ -29,10 +29,6 @@ class NotFiniteError(Exception):
 class Units:
     """Divides batches of a job into units, and computes them.
 
-    Parameters
-    ----------
-    job : Job
-
     Attributes
     ----------
     rows : int

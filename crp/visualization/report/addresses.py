@@ -31,12 +31,7 @@ def slug(name: str) -> str:
 
 
 class Addresses:
-    """Addresses of pages and files, relative to the folder.
-
-    Parameters
-    ----------
-    layers : iterable of str
-    """
+    """Addresses of pages and files, relative to the folder."""
 
     def __init__(self, layers: Iterable[str]) -> None:
         self._layers = {layer: slug(layer) for layer in layers}

@@ -104,13 +104,8 @@ def _other_composite(table: Table, composite: str, mark: str) -> list[str]:
 
 def _origin(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was mined, in words, as far as the table says it."""
-    rows = []
-    for title, part in (("Model", "model"), ("Data", "dataset")):
-        if told := tell_part(recipe, part):
-            rows.append((title, told))
-    if prepared := recipe.get("preprocess"):
-        rows.append(("Preparation", str(prepared)))
-    return rows
+    rows = [("Model", tell_part(recipe, "model")), ("Data", tell_part(recipe, "dataset"))]
+    return [row for row in (*rows, ("Preparation", str(recipe.get("preprocess") or ""))) if row[1]]
 
 
 def _class_tile(atlas: Atlas, target: int) -> AnyShown | None:

@@ -37,10 +37,7 @@ def write_kept(atlas: Atlas) -> list[dict[str, Any]]:
         "interventions": _interventions,
         "context": _context,
     }
-    links = []
-    for kept in (one for one in atlas.kept.results if one.kind in pages):
-        links.append(pages[kept.kind](atlas, kept))
-    return links
+    return [pages[kept.kind](atlas, kept) for kept in atlas.kept.results if kept.kind in pages]
 
 
 def _prototypes(atlas: Atlas, kept: KeptResult) -> dict[str, Any]:

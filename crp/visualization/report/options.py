@@ -195,10 +195,6 @@ def make_tile(sample: Tensor, heatmap: Tensor, caption: str, tip: str = "", *, s
     size : int
         Number of pixels on a picture's longer side, at most.
 
-    Returns
-    -------
-    Tile
-
     Raises
     ------
     ValueError

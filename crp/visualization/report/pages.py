@@ -312,10 +312,8 @@ class Atlas:
         return found
 
     def _samples_of(self, target: int) -> list[AnyShown]:
-        found = []
-        for sample, targets in self.explained_for.items():
-            if target in targets and (one := self.whole(sample, target)) is not None:
-                found.append(one)
+        tiles = [self.whole(sample, target) for sample, targets in self.explained_for.items() if target in targets]
+        found = (one for one in tiles if one is not None)
         return sorted(found, key=lambda one: not any(kind == "bad" for _, kind in one.lines))
 
     def sample_page(self, sample: int, target: int) -> str:

@@ -21,6 +21,8 @@ from zennit.core import Composite
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
 from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.maximized import check_can_be_shown, keep_maximized
+from crp.visualization.mining.marks import source_of
+from crp.visualization.mining.recipe import fingerprint_attribution
 from crp.visualization.report.addresses import Addresses, is_one_file
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Drawer, Row
@@ -119,7 +121,7 @@ def _write(
     bar = {"disable": not options.verbose, "dynamic_ncols": True}
     facts = {layer: get_facts(table, layer, questions, options.counts) for layer in tqdm(layers, desc="Table", **bar)}
     cells = _cells(facts, options.counts)
-    identity = _identity(table, composite)
+    identity = _identity(fv, table, composite)
     drawer = (PictureDrawer if fv.texts is None else TextDrawer)(fv, composite, layers, folder, identity, options)
     addresses = Addresses(layers)
     suspects = drawer.find_suspects(table, targets) if options.part is None else []
@@ -306,14 +308,11 @@ def _about_samples(
 ) -> tuple[dict[int, str], dict[int, int], dict[int, tuple[int, float]]]:
     """What samples are called, by file where it is told; labels that are one class; and predictions."""
     columns, has_labels = table.samples(), drawer.has_labels(table)
-    files = getattr(drawer.fv.dataset, "samples", None) or getattr(drawer.fv.dataset, "imgs", None)
     rows = {int(sample): row for row, sample in enumerate(columns.sample)}
     names, labels, predictions = {}, {}, {}
     for sample in samples:
         row = rows[sample]
-        name = columns.source[row]
-        if not name and isinstance(files, Sequence) and isinstance(files[sample], tuple | list):
-            name = "/".join(Path(str(files[sample][0])).parts[-2:])
+        name = columns.source[row] or getattr(source_of(drawer.fv.dataset, sample), "name", "")
         names[sample] = name or f"{drawer.sample_word} {sample}"
         if has_labels and isinstance(columns.label[row], int):
             labels[sample] = columns.label[row]
@@ -323,10 +322,11 @@ def _about_samples(
     return names, labels, predictions
 
 
-def _identity(table: Table, composite: Composite | None) -> str:
+def _identity(fv: FeatureVisualization, table: Table, composite: Composite | None) -> str:
     """What every heatmap depends on."""
     known = {name: table.fingerprints.get(name) for name in ("model", "dataset", "preprocess", "layers")}
     known |= {name: mark for name, mark in table.fingerprints.items() if name == "output"}
+    known |= {"attribution": own} if (own := fingerprint_attribution(fv.attribution)) else {}
     content = [known, None if composite is None else fingerprint_composite(composite)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -3,7 +3,7 @@
 Two objects that would compute the same have the same fingerprint, wherever and however often they are built; whatever
 decides about a result (a rule's epsilon, a weight, a function's code, a default, a value it closes over) changes it.
 Classes and functions of installed libraries count by name; functions that are met as values, such as a rule's
-modifiers, by their code.
+modifiers, by their code. Of the user's own modules, what such a function reads there counts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import os
 import re
 import sys
@@ -37,6 +38,10 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _RUNTIME = frozenset({"stored_tensors", "tensor_handles", "handles", "hook_refs", "active"})
 #: What modules note of the last data that they have seen, by type: no part of what they are.
 _NOTES = {"MultiScaleRoIAlign": frozenset({"scales", "map_levels"})}
+#: Entries of a class of the user's own that count, and names of those that do not.
+_IN_CLASS = (types.FunctionType, staticmethod, classmethod, property, int, float, str, tuple)
+_CONTAINERS = (list, dict, set, frozenset, bytes, Tensor, np.ndarray, functools.partial)
+_ABOUT_CLASS = frozenset({"__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__"})
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
 #: Threads that hash the large tensors of a model, and bytes that each copies to the host at once.
 _READERS, _PIECE = 8, 1 << 20
@@ -67,8 +72,8 @@ def fingerprint(value: object) -> str:
 def fingerprint_model(model: nn.Module) -> str:
     """Fingerprint of a model: its class, its modules with their settings, and all parameters and buffers.
 
-    Settings are the public attributes of a module that are numbers, strings or sequences of these. Neither the device
-    nor `torch.compile` and `DataParallel` wrappers matter.
+    Settings are the public attributes of a module that are numbers, strings or sequences of these. Of classes of the
+    user's own, the code of methods counts. Neither the device nor `torch.compile` and `DataParallel` wrappers matter.
     """
     return _Walk().digest(unwrap(model)).hex()
 
@@ -124,7 +129,7 @@ class _Walk:
 
     def digest(self, value: object) -> bytes:
         """Digest of any value."""
-        if isinstance(value, _PLAIN) and type(value) in _PLAIN:
+        if type(value) in _PLAIN:
             return _hash(type(value).__name__, repr(value).encode())
         known = self._known.get(id(value))
         if known is not None:
@@ -166,9 +171,7 @@ class _Walk:
             return _hash("module", value.__name__.encode())
         if isinstance(value, type):
             return self._class(value)
-        if callable(value) and (found := self._function(value)) is not None:
-            return found
-        return self._container(value)
+        return (self._function(value) if callable(value) else None) or self._container(value)
 
     def _container(self, value: Any) -> bytes:
         if type(value) in (list, tuple):
@@ -192,7 +195,7 @@ class _Walk:
                 self._code(value.__code__),
                 *map(self.digest, (value.__defaults__, value.__kwdefaults__)),
                 *(self.digest(_content(cell)) for cell in value.__closure__ or ()),
-                *([] if _is_library(value.__module__) else self._globals(value)),
+                *([] if _is_library(value.__module__) else self._surroundings(value)),
             )
         name = getattr(value, "__qualname__", None)
         if isinstance(name, str) and not hasattr(value, "__dict__"):  # built in
@@ -215,40 +218,54 @@ class _Walk:
             *map(self.digest, (constants, code.co_names, code.co_freevars, counts)),
         )
 
-    def _globals(self, function: types.FunctionType) -> list[bytes]:
-        """Digests of what a function reads from its module: values, and functions of the user's own."""
+    def _surroundings(self, function: types.FunctionType) -> list[bytes]:
+        """Digests of what a function reads in its module and in others of the user's own, and of its attributes."""
+        own = {name: value for name, value in vars(function).items() if name != "__wrapped__"}
+        found = self._named(function.__globals__, _names(function.__code__))
+        return [*found, self._mapping(own)] if own else found
+
+    def _named(self, known: Mapping[str, Any], names: set[str]) -> list[bytes]:
         found = []
-        for name in sorted(_names(function.__code__)):
-            if name in function.__globals__:
-                value = function.__globals__[name]
-                if isinstance(value, types.ModuleType):
-                    continue
-                if isinstance(value, type) or (callable(value) and _is_library(getattr(value, "__module__", None))):
-                    value = getattr(value, "__qualname__", type(value).__qualname__)
-                found.append(_hash(name, self.digest(value)))
+        for name in sorted(names & known.keys()):
+            value = known[name]
+            if isinstance(value, types.ModuleType):
+                if not _is_library(value.__name__):  # (less its name, as modules may name each other)
+                    found += [_hash(name, part) for part in self._named(vars(value), names - {name})]
+                continue
+            if callable(value) and _is_library(getattr(value, "__module__", None)):
+                value = getattr(value, "__qualname__", type(value).__qualname__)
+            found.append(_hash(name, self.digest(value)))
         return found
 
     def _class(self, value: type) -> bytes:
         if _is_library(value.__module__):
             return _hash("class", f"{value.__module__}.{value.__qualname__}".encode())
-        methods = {
-            name: getattr(entry, "__func__", getattr(entry, "fget", entry))
+        entries = {
+            name: _function_in(entry)
             for name, entry in vars(value).items()
-            if isinstance(entry, types.FunctionType | staticmethod | classmethod | property | int | float | str | tuple)
-            and name not in ("__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__")
+            if (isinstance(entry, _IN_CLASS) and name not in _ABOUT_CLASS)
+            or (isinstance(entry, _CONTAINERS) and not name.startswith("__"))
         }
         bases = [base for base in value.__bases__ if base is not object]
-        return _hash("class", value.__qualname__.encode(), self._mapping(methods), *map(self.digest, bases))
+        return _hash("class", value.__qualname__.encode(), self._mapping(entries), *map(self.digest, bases))
 
     def _module(self, module: nn.Module) -> bytes:
+        kinds = {kind: self._kind(kind) for kind in {type(m) for m in module.modules()}}
         parts = [
-            self._all("module", [name, type(m).__qualname__, _ADDRESS.sub("", m.extra_repr()), _settings(m)])
+            self._all("module", [name, kinds[type(m)], _ADDRESS.sub("", m.extra_repr()), _settings(m)])
             for name, m in module.named_modules(remove_duplicate=False)
         ]
         state = {name: entry for name, entry in module.state_dict().items() if entry is not None}
         state |= {name: buffer for name, buffer in module.named_buffers() if name not in state}
         self._read([entry for entry in state.values() if isinstance(entry, Tensor) and entry.numel() > _PIECE])
         return _hash("network", *parts, *(_hash(name, self.digest(state[name])) for name in sorted(state)))
+
+    def _kind(self, kind: type) -> object:
+        """Name of a module's class; of one of the user's own with the code of its methods."""
+        own = [vars(base).items() for base in kind.__mro__ if not _is_library(base.__module__)]
+        methods = [(name, inspect.unwrap(_function_in(entry))) for entries in own for name, entry in entries]
+        codes = [(name, self._code(m.__code__)) for name, m in methods if isinstance(m, types.FunctionType)]
+        return (kind.__qualname__, codes) if codes else kind.__qualname__
 
     def _read(self, tensors: list[Tensor]) -> None:
         """Hash large tensors side by side, the largest first: neither hashing nor copying holds the interpreter."""
@@ -310,6 +327,11 @@ def _settings(module: nn.Module) -> dict[str, object]:
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "training" and name not in notes and _is_plain(value)
     }
+
+
+def _function_in(entry: Any) -> Any:
+    """Function behind a static method, a class method or a property; any other entry of a class as it is."""
+    return getattr(entry, "__func__", getattr(entry, "fget", entry))
 
 
 def _is_plain(value: object) -> bool:

@@ -119,16 +119,13 @@ def _is_alive(owner: dict[str, Any]) -> bool:
     if owner.get("namespace") != here["namespace"] or not isinstance(owner.get("pid"), int):
         return True
     started = _started(owner["pid"])
-    return started is not None and started == owner.get("started")
+    return started is not None and started in ("", owner.get("started"))
 
 
 def _started(pid: int) -> str | None:
     """When a process started, in the system's own unit; "" where the system does not tell, None if it is dead."""
-    if Path("/proc/self/stat").exists():
-        try:
-            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
+    with contextlib.suppress(OSError):  # (systems may lack the file, or hide that of another user)
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]
     if os.name != "nt":  # there, signal 0 ends the process
         try:

@@ -199,6 +199,7 @@ def class_statistics(
     check_number("mean_n", mean_n, 1, whole=True)
     table = Table.open(table)
     (index,) = table.concept_ids(layer, [concept])
+    width = table.n_concepts(layer) if cache else 1
     blocks = table.blocks(layer, mode, target, normed, concepts=None if cache else index)
 
     def compute() -> tuple[Array, ...]:
@@ -213,7 +214,7 @@ def class_statistics(
         # Sorted, and concept by concept, so that the sum depends neither on shards nor on the other concepts.
         ordered = [np.sort(np.ascontiguousarray(best[label].T), axis=1) for label in targets]
         means = [value.mean(axis=1, dtype=np.float64).astype(dtype) for value in ordered]
-        return np.array(targets, np.int64), np.array(means).reshape(len(targets), -1)
+        return np.array(targets, np.int64), np.array(means, dtype).reshape(len(targets), width)
 
     query = ["class_statistics", layer, mode, target, normed, mean_n]  # cached for all concepts at once
     targets, value = _cached(table, query, compute, cache)
@@ -237,10 +238,6 @@ def class_means(
     ----------
     table, layer, mode, target, normed, cache
         As for `top_k`.
-
-    Returns
-    -------
-    ClassMeans
     """
     check_flags(normed=normed, cache=cache)
     table = Table.open(table)
@@ -257,7 +254,8 @@ def class_means(
                 count[label] = count.get(label, 0) + len(value)
         targets = sorted(total)
         means = [(total[label] / count[label]).astype(dtype) for label in targets]
-        return np.array(targets, np.int64), np.array(means), np.array([count[label] for label in targets], np.int64)
+        value = np.array(means, dtype).reshape(len(targets), table.n_concepts(layer))
+        return np.array(targets, np.int64), value, np.array([count[label] for label in targets], np.int64)
 
     return ClassMeans(*_cached(table, ["class_means", layer, mode, target, normed], compute, cache))
 

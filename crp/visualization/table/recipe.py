@@ -40,8 +40,8 @@ def _tell_changes(parts: Iterable[str], *sides: tuple[Mapping[str, Any], Mapping
     """How parts of two recipes differ, there and here: in words where these differ, else by their fingerprints."""
     changes = []
     for part in parts:
-        words = [tell_part(recipe, part) for recipe, _ in sides]
-        told = all(words) and words[0] != words[1]
-        there, here = words if told else (marks.get(part, "none")[:8] for _, marks in sides)
+        short = [marks.get(part, "none")[:8] for _, marks in sides]
+        words = [tell_part(recipe, part) or mark for (recipe, _), mark in zip(sides, short, strict=True)]
+        there, here = words if words[0] != words[1] else short
         changes.append(f"{part} {there} there, {here} here")
     return "; ".join(changes)

@@ -47,10 +47,6 @@ def write_shard(
         ``"sample"`` and ``"target"`` of shape (rows,), and for layers ``"<mode>.<field>/<layer>"``; each in parts,
         which are stretches of rows.
     skipped : dict of int to str
-
-    Returns
-    -------
-    ShardRecord
     """
     rows = sum(map(len, columns["sample"]))
     described = {"table": identity, "start": start, "stop": stop}
@@ -172,27 +168,6 @@ def _concepts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
 _BLOCK_BYTES = 32 << 20
 
 
-class Query(NamedTuple):
-    """Which values are asked for; as for `Table.blocks`, with ids that were checked.
-
-    Attributes
-    ----------
-    layer, mode, kind : str
-    normed : bool
-    concepts : array of int, or None for all
-    of_class : int or None
-    samples : array of int, or None for all
-    """
-
-    layer: str
-    mode: str
-    kind: str
-    normed: bool
-    concepts: Array | None
-    of_class: int | None
-    samples: Array | None
-
-
 def read_rows(folder: Path, shards: Sequence[ShardRecord]) -> RowIds:
     """Sample and target of every row."""
     none = RowIds(np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -209,18 +184,21 @@ def count_rows(folder: Path, shards: Sequence[ShardRecord]) -> int:
     )
 
 
-def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> Iterator[Block]:
-    """Values that a query asks for; see `Table.blocks`."""
-    layer, field = query.layer, f"{query.mode}.{query.kind}"
-    span, concepts = _get_span(query.concepts)
+def read_blocks(
+    folder: Path, shards: Sequence[ShardRecord], layer: str, mode: str, kind: str, normed: bool,
+    concepts: Array | None, of_class: int | None, samples: Array | None,
+) -> Iterator[Block]:  # fmt: skip
+    """Values that are asked for; see `Table.blocks`, which has checked the ids."""
+    field = f"{mode}.{kind}"
+    span, concepts = _get_span(concepts)
     for shard, earlier in zip(shards, _get_earlier(shards), strict=True):
-        wanted = query.samples is None or np.ptp(np.searchsorted(query.samples, (shard.start, shard.stop))) > 0
+        wanted = samples is None or np.ptp(np.searchsorted(samples, (shard.start, shard.stop))) > 0
         if not (shard.rows and wanted):
             continue
         (sample, target), row = _read_ids(folder, shard, earlier)
-        keep = np.ones(len(sample), bool) if query.of_class is None else target == query.of_class
-        if query.samples is not None:
-            keep &= np.isin(sample, query.samples)
+        keep = np.ones(len(sample), bool) if of_class is None else target == of_class
+        if samples is not None:
+            keep &= np.isin(sample, samples)
         sample, target, row = sample[keep], target[keep], row[keep]
         with open_shard(folder, shard) as file:
             scaled = f"{field}_scale/{layer}" in file.keys()  # noqa: SIM118
@@ -231,8 +209,8 @@ def read_blocks(folder: Path, shards: Sequence[ShardRecord], query: Query) -> It
                 if scaled:
                     scale = file.get_slice(f"{field}_scale/{layer}")[span]
                     value = value.astype(scale.dtype) * scale
-                position = file.get_slice(f"{query.mode}.position/{layer}")[begin:end, span][inner]
-                if query.normed:
+                position = file.get_slice(f"{mode}.position/{layer}")[begin:end, span][inner]
+                if normed:
                     norm = file.get_slice(f"{field}_norm/{layer}")[begin:end][inner]
                     # (as `crp.concepts.normalize` does)
                     added = np.clip(1e-6 * norm, np.finfo(norm.dtype).tiny, 1e-10, dtype=norm.dtype)

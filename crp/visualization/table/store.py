@@ -44,7 +44,7 @@ from crp.visualization.table.manifest import (
 )
 from crp.visualization.table.manifest import TableError as TableError
 from crp.visualization.table.recipe import _tell_changes, _tell_others
-from crp.visualization.table.shards import Query, check_shard, count_rows, read_blocks, read_record, read_rows
+from crp.visualization.table.shards import check_shard, count_rows, read_blocks, read_record, read_rows
 
 #: What to do about a table of something else.
 ELSEWHERE = "use another folder, or mine with overwrite=True (--overwrite) to discard it"
@@ -259,8 +259,8 @@ class Table:
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
         wanted = None if samples is None else sample_numbers(samples, self.n_samples)
-        query = Query(layer, mode, target, normed, columns, _class_number(of_class), wanted)
-        return read_blocks(self.path / "shards", self.shards, query)
+        asked = layer, mode, target, normed, columns, _class_number(of_class), wanted
+        return read_blocks(self.path / "shards", self.shards, *asked)
 
     def column(
         self, layer: str, concept: int, mode: str = "relevance", target: str = "sum", normed: bool = False
@@ -280,7 +280,7 @@ class Table:
 
         Where the recipe tells how many outputs the model has, targets are compared with that number.
         """
-        problems = self._damaged(again=True)
+        problems = self.problems(again=True)
         model = self.header.recipe.get("model")
         outputs = model.get("outputs") if isinstance(model, Mapping) else None
         if not isinstance(outputs, int):
@@ -295,11 +295,13 @@ class Table:
 
     def damaged(self) -> list[str]:
         """What is wrong with shards; those that this process has read or written are only asked for size and time."""
-        return list(self._damaged().values())
+        return list(self.problems().values())
 
-    def _damaged(self, again: bool = False) -> dict[str, str]:
+    def problems(self, shards: Iterable[ShardRecord] | None = None, *, again: bool = False) -> dict[str, str]:
+        """What is wrong with some or all shards, by their files; ``again`` reads those that were read, too."""
+        check_flags(again=again)
         problems = {}
-        for shard in self.shards:
+        for shard in self.shards if shards is None else shards:
             try:
                 check_shard(self.path / "shards", shard, again=again)
             except TableCorruptError as error:
@@ -358,7 +360,7 @@ class Table:
 
     def drop_damaged(self) -> list[str]:
         """Forget shards whose files are missing or damaged, so that their samples count as missing; returns why."""
-        if problems := self._damaged():
+        if problems := self.problems():
             self._change([shard for shard in self.shards if shard.file not in problems])
         return list(problems.values())
 
