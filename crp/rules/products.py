@@ -168,7 +168,7 @@ class SoftmaxDifference(_Decomposed):
             s, s0 = e.sum(dim, keepdim=True), e0.sum(dim, keepdim=True)
             shares = slope(torch.exp, now - top, x0 - top, e, e0) * slope(torch.log, s, s0, s.log(), s0.log())
         if layer.known.canonical == "logsumexp":
-            return self.through(layer, (shares * x).sum(dim, keepdim=layer.arguments.get("keepdim", False)))
+            return self.through(layer, reference, (shares * x).sum(dim, keepdim=layer.arguments.get("keepdim", False)))
         t = x - (shares * x).sum(dim, keepdim=True)
         if layer.known.canonical != "log_softmax":
             log, log0 = now.log_softmax(dim), x0.log_softmax(dim)

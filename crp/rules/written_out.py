@@ -79,39 +79,30 @@ def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
     return (direction(left) * direction(right)).sum(dim)
 
 
-def _bag(
-    add: object,
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
+def _bag(add: object, *operands: Tensor, **given: Any) -> Tensor:
     """`F.embedding_bag`: sums, means or maxima of rows of a table, for bags of ids, which may be of several lengths."""
-    if max_norm is not None or not isinstance(mode, str):
+    if len(operands) != 2 or given["max_norm"] is not None:
         raise NotImplementedError("embedding_bag() is known as torch.nn.functional calls it, without max_norm")
-    there, shares = torch.ones_like(input, dtype=torch.bool), per_sample_weights
+    shares: Tensor | None = given["per_sample_weights"]
+    (ids, table), offsets = operands, given["offsets"]
+    there = torch.ones_like(ids, dtype=torch.bool)
     if offsets is not None:
-        ends = torch.cat([offsets[1:], offsets.new_tensor([len(input)] * (not include_last_offset))])[:, None]
-        places = offsets[: len(ends), None] + torch.arange(int((ends[:, 0] - offsets[: len(ends)]).max()))
-        there, places = places < ends, torch.where(places < ends, places, 0)
-        input, shares = input[places], None if shares is None else shares[places]
-    if padding_idx is not None:
-        there = there & (input != padding_idx % len(weight))
-    rows = F.embedding(input, weight)
+        ends = offsets[1:] if given["include_last_offset"] else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
+        starts = offsets[: len(ends)]
+        places = starts[:, None] + torch.arange(int((ends - starts).max()), device=ids.device)
+        there = places < ends[:, None]
+        places = places.masked_fill(~there, 0)
+        ids, shares = ids[places], None if shares is None else shares[places]
+    if given["padding_idx"] is not None:
+        there = there & (ids != given["padding_idx"] % len(table))
+    rows = F.embedding(ids, table)
     if shares is not None:
         return (shares.masked_fill(~there, 0)[:, None] @ rows)[:, 0]
-    if mode == "max":
+    if given["mode"] == "max":
         largest = rows.masked_fill(~there[..., None], -math.inf).amax(1)
         return largest.masked_fill(~there.any(1)[:, None], 0)
     summed = rows.masked_fill(~there[..., None], 0).sum(1)
-    return summed / there.sum(1, keepdim=True).clamp_min(1) if mode == "mean" else summed
+    return summed / there.sum(1, keepdim=True).clamp_min(1) if given["mode"] == "mean" else summed
 
 
 def _while(add: object, is_on: Callable[..., Any], step: Callable[..., Any], carried: Any, others: Any = ()) -> Any:
