@@ -112,6 +112,7 @@ class DeepLift(Composite):
             (Having("quotient"), QuotientDifference()),
             (Having("statistics"), NormalizationDifference()),
             (Having("softmax"), SoftmaxDifference()),
+            (Functions(("logsumexp",)), SoftmaxDifference()),
             (Having("selection"), SelectionDifference()),
             (Functions(("scaled_dot_product_attention",)), TakenApart()),
             *((Functions((name,)), TakenApart(written)) for name, written in WRITTEN_OUT.items()),

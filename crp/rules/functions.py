@@ -68,7 +68,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("dense", "homogeneous bilinear", "einsum matmul rmatmul mm mv"),
     ("dense", "bilinear", "bilinear bmm dot grouped_mm inner tensordot"),
     ("dense", "homogeneous", "sparse_mm vdot"),
-    ("embedding", "", "embedding"),
+    ("embedding", "homogeneous selection selects copies indexes", "embedding"),
     # --- products, quotients, attention ---
     ("product", "arithmetic bilinear elementwise sign scales", "mul"),
     ("product", "homogeneous bilinear", "kron outer"),
@@ -92,13 +92,13 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (
         "activation",
         "identity rescaled elementwise",
-        """acos acosh asin asinh atanh celu clamp clamp_max clamp_min gelu hardshrink
-        hardswish hardtanh log10 log1p log2 logit logsigmoid mish nan_to_num selu silu sin sinh softshrink tan
-        tanhshrink threshold""",
+        """acos acosh asin asinh atanh celu clamp clamp_max clamp_min digamma erfinv gelu hardshrink hardswish hardtanh
+        i0 lgamma log10 log1p log2 logit logsigmoid mish nan_to_num selu silu sin sinh softshrink special_entr
+        special_erfcx special_i0e special_i1 special_i1e special_log_ndtr special_ndtri tan tanhshrink threshold""",
     ),
     ("activation", "balanced identity rescaled elementwise gating", "atan erf softsign tanh"),
     ("activation", "identity rescaled elementwise gating", "cos cosh elu expm1 rpow"),
-    ("activation", "rescaled elementwise", "frac logaddexp logaddexp2 sinc"),
+    ("activation", "rescaled elementwise", "fmod frac logaddexp logaddexp2 remainder sinc"),
     ("", "identity rescaled elementwise nonnegative", "sqrt square"),
     ("", "identity rescaled elementwise", "log pow rdiv reciprocal rsqrt"),
     ("", "homogeneous rescaled elementwise nonnegative", "abs"),
@@ -114,7 +114,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ("normalization", "statistics", "group_norm instance_norm layer_norm rms_norm"),
     ("", "homogeneous nonnegative", "norm linalg_norm linalg_vector_norm"),
     ("", "homogeneous nonnegative", "cdist pairwise_distance"),
-    ("", "", "std var"),
+    ("", "", "logsumexp std var"),
     # --- pooling ---
     ("pooling", "homogeneous linear sign between", "avg_pool1d avg_pool2d avg_pool3d"),
     ("pooling", "homogeneous linear sign between", "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
@@ -127,13 +127,13 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     # --- sums ---
     ("", "arithmetic homogeneous linear constant elementwise", "add sub rsub"),
     ("", "homogeneous linear sign between", "mean sum"),
-    ("", "arithmetic homogeneous linear elementwise scales", "neg positive"),
+    ("", "arithmetic homogeneous linear elementwise scales", "deg2rad neg positive rad2deg"),
     ("", "homogeneous linear between", "interpolate upsample"),
     ("", "homogeneous linear", "coalesce cumsum diff fold nansum sparse_coo_tensor to_dense to_sparse"),
     ("", "homogeneous linear selection", "index_add"),
     ("", "homogeneous linear constant", "complex"),
     ("", "homogeneous linear constant selection indexes", "scatter_add"),
-    ("", "homogeneous constant", "index_reduce scatter_reduce"),  # (but for products)
+    ("", "homogeneous constant", "index_reduce scatter_reduce segment_reduce"),  # (but for products)
     ("", "homogeneous between", "upsample_bilinear upsample_nearest grid_sample roi_align ps_roi_align"),
     # --- choice ---
     ("", "homogeneous choosing elementwise between", "fmax fmin maximum minimum"),
@@ -175,11 +175,13 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 _ALIASES = dict(
     pair.split(":")
     for pair in """absolute:abs arccos:acos arccosh:acosh arcsin:asin arcsinh:asinh arctan:atan arctanh:atanh clip:clamp
-    concat:cat concatenate:cat divide:div fix:trunc float_power:pow ger:outer iadd:add idiv:div imatmul:matmul imul:mul
-    isub:sub itruediv:div linalg_matmul:matmul log_sigmoid:logsigmoid multiply:mul negative:neg radd:add rmul:mul
-    rtruediv:rdiv special_erf:erf special_erfc:erfc special_exp2:exp2 special_expit:expit special_expm1:expm1
-    special_log1p:log1p special_log_softmax:log_softmax special_logit:logit special_round:round special_sinc:sinc
-    special_softmax:softmax subtract:sub true_divide:div truediv:div""".split()  # noqa: SIM905
+    concat:cat concatenate:cat divide:div fix:trunc float_power:pow ger:outer iadd:add idiv:div imatmul:matmul
+    imod:remainder imul:mul isub:sub itruediv:div linalg_matmul:matmul log_sigmoid:logsigmoid mod:remainder multiply:mul
+    negative:neg radd:add rmul:mul rtruediv:rdiv special_digamma:digamma special_erf:erf special_erfc:erfc
+    special_erfinv:erfinv special_exp2:exp2 special_expit:expit special_expm1:expm1 special_gammaln:lgamma special_i0:i0
+    special_log1p:log1p special_log_softmax:log_softmax special_logit:logit special_logsumexp:logsumexp
+    special_psi:digamma special_round:round special_sinc:sinc special_softmax:softmax subtract:sub true_divide:div
+    truediv:div""".split()  # noqa: SIM905
 )
 
 #: What made values that are still such, in a wide sense, between them.
@@ -218,6 +220,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "clamp": ("input", "min", "max"),
     "clamp_min": ("input", "min"),
     "clamp_max": ("input", "max"),
+    "logsumexp": ("input", "dim", "keepdim"),
     **dict.fromkeys(("prod", "softmax", "log_softmax", "softmin"), ("input", "dim")),
     **dict.fromkeys(("add", "div", "mul", "rsub", "sub"), ("input", "other")),
     "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),

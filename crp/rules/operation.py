@@ -30,7 +30,7 @@ _BY_TENSORS = {
 #: Functions that multiply all that an index puts at one place, if they are told to.
 _REDUCING = {
     known: replace(known, properties=frozenset())
-    for known in (look_up(Tensor.scatter_reduce), look_up(Tensor.index_reduce))
+    for known in (look_up(Tensor.scatter_reduce), look_up(Tensor.index_reduce), look_up(torch.segment_reduce))
 }
 #: Functions that add a number to what a gate is made of, and so are part of it, as in ``1 / (1 + exp(-x))``.
 _SHIFTS = {

@@ -145,7 +145,7 @@ class NormalizationDifference(_Decomposed):
 
 
 class SoftmaxDifference(_Decomposed):
-    r"""Softmax and its logarithm :math:`t = x - \log \sum e^x`.
+    r"""Softmax, its logarithm :math:`t = x - \log \sum e^x`, and the subtrahend of that alone.
 
     :math:`\Delta \log \sum e^x = q \sum_j p_j \Delta x_j`, with the quotients :math:`p` of the exponential and
     :math:`q` of the logarithm; softmax is :math:`e^t`, with one quotient more. (For a softmax at the end of a model the
@@ -167,8 +167,10 @@ class SoftmaxDifference(_Decomposed):
             e, e0 = (now - top).exp(), (x0 - top).exp()
             s, s0 = e.sum(dim, keepdim=True), e0.sum(dim, keepdim=True)
             shares = slope(torch.exp, now - top, x0 - top, e, e0) * slope(torch.log, s, s0, s.log(), s0.log())
+        if layer.known.canonical == "logsumexp":
+            return self.through(layer, reference, (shares * x).sum(dim, keepdim=layer.arguments.get("keepdim", False)))
         t = x - (shares * x).sum(dim, keepdim=True)
-        if layer.name != "log_softmax":
+        if layer.known.canonical != "log_softmax":
             log, log0 = now.log_softmax(dim), x0.log_softmax(dim)
             t = t * slope(torch.exp, log, log0, log.exp(), log0.exp())
         return self.through(layer, reference, t)

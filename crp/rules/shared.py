@@ -84,7 +84,7 @@ class EndingSoftmax(Proportional):
     def operate(self, layer: Layer) -> Any:
         """Return the function's output."""
         if self.attachment is not None:
-            self.attachment.softmaxes |= Born.LOGARITHM if layer.name == "log_softmax" else Born.SOFTMAX
+            self.attachment.softmaxes |= Born.LOGARITHM if layer.known.canonical == "log_softmax" else Born.SOFTMAX
         return super().operate(layer)
 
 
@@ -174,7 +174,7 @@ class Refused(_OfMethod, Proportional):
 
 #: Rules of functions that have one of their own under every preset of LRP.
 BY_FUNCTION: dict[tuple[str, ...], type[_Shared]] = {
-    ("cdist", "pairwise_distance", "std"): Proportional,
+    ("cdist", "frac", "fmod", "logsumexp", "pairwise_distance", "remainder", "std"): Proportional,
     ("var",): _OfSquares,
     ("grid_sample",): _ByGrid,
     ("linalg_solve", "linalg_solve_triangular"): _Solved,

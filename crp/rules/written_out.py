@@ -79,6 +79,39 @@ def _cosine(left: Tensor, right: Tensor, keywords: dict[str, Any]) -> Tensor:
     return (direction(left) * direction(right)).sum(dim)
 
 
+def _bag(add: object, *operands: Tensor, **given: Any) -> Tensor:
+    """`F.embedding_bag`: sums, means or maxima of rows of a table, for bags of ids, which may be of several lengths."""
+    if len(operands) != 2 or given["max_norm"] is not None:
+        raise NotImplementedError("embedding_bag() is known as torch.nn.functional calls it, without max_norm")
+    shares: Tensor | None = given["per_sample_weights"]
+    (ids, table), offsets = operands, given["offsets"]
+    there = torch.ones_like(ids, dtype=torch.bool)
+    if offsets is not None:
+        ends = offsets[1:] if given["include_last_offset"] else torch.cat([offsets[1:], offsets.new_tensor([len(ids)])])
+        starts = offsets[: len(ends)]
+        places = starts[:, None] + torch.arange(int((ends - starts).max()), device=ids.device)
+        there = places < ends[:, None]
+        places = places.masked_fill(~there, 0)
+        ids, shares = ids[places], None if shares is None else shares[places]
+    if given["padding_idx"] is not None:
+        there = there & (ids != given["padding_idx"] % len(table))
+    rows = F.embedding(ids, table)
+    if shares is not None:
+        return (shares.masked_fill(~there, 0)[:, None] @ rows)[:, 0]
+    if given["mode"] == "max":
+        largest = rows.masked_fill(~there[..., None], -math.inf).amax(1)
+        return largest.masked_fill(~there.any(1)[:, None], 0)
+    summed = rows.masked_fill(~there[..., None], 0).sum(1)
+    return summed / there.sum(1, keepdim=True).clamp_min(1) if given["mode"] == "mean" else summed
+
+
+def _while(add: object, is_on: Callable[..., Any], step: Callable[..., Any], carried: Any, others: Any = ()) -> Any:
+    """`torch.while_loop`, step by step."""
+    while is_on(*carried, *others):
+        carried = step(*carried, *others)
+    return carried
+
+
 #: By name of the function; they give NotImplemented for arguments for which they are not written.
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "var": _variance,
@@ -96,6 +129,9 @@ STEPS: dict[str, Callable[..., Any]] = {
     "addcmul": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 * tensor2, alpha=value, **out),
     "addcdiv": lambda add, input, tensor1, tensor2, value=1, **out: add(input, tensor1 / tensor2, alpha=value, **out),
     "lerp": lambda add, input, end, weight, **out: add(input, weight * (end - input), **out),
+    "cond": lambda add, is_so, then, otherwise, operands=(): (then if is_so else otherwise)(*operands),
+    "while_loop": _while,
+    "embedding_bag": _bag,
     "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
     **{name: lambda add, *args, steps=steps, **keywords: steps(*args, **keywords) for name, steps in RECURRENT.items()},
 }

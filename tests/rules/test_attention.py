@@ -360,7 +360,6 @@ def test_exponentials_that_are_summed_up_in_another_precision(convert):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:LRP has no rule for logsumexp")
 @pytest.mark.parametrize("attention", ["constant", "split"])
 def test_attention_by_logsumexp(attention):
     inputs, r = operands(), numbers(1, HEADS, L, E, seed=8)

@@ -338,7 +338,6 @@ def largest_and_rest(x):
     return (x - top).exp().sum(-1, keepdim=True).log() + top
 
 
-@pytest.mark.filterwarnings("ignore:LRP has no rule for logsumexp")
 @pytest.mark.parametrize(
     "written",
     [lambda x: x.exp().sum(-1, True).log(), largest_and_rest, lambda x: reduce(torch.logaddexp, x.split(1, -1))],

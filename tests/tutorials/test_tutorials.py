@@ -99,7 +99,7 @@ assert kept["Magnitude"]["conv1"] > 0.99 * sum(kept["Magnitude"].values()) > 0.5
 assert agreement["FromRest"] > agreement["Pass"] + 0.2
 """,
     "4_your_own_composite": """
-assert "logsumexp" in str(caught[0].message) and not composite.report(model, sample).left
+assert "logcumsumexp" in str(caught[0].message) and not composite.report(model, sample).left
 rules = {name: rule.split("(")[0] for name, rule in reached.items()}
 assert rules == {
     "net.conv1": "ZBox", "net.conv2": "Gamma", "net.block.conv1": "ZPlus", "net.block.conv2": "Gamma", "net.fc": "LRP0"

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from numpy.typing import NDArray
 
+from crp.checks import check_number
 from crp.errors import CRPError, InputError, InputTypeError
 
 Array = NDArray[Any]
@@ -218,6 +219,8 @@ class TableHeader:
 
 def get_coverage(shards: Sequence[ShardRecord], start: int, stop: int) -> Coverage:
     """Which samples of a range the shards, in the order of their ranges, hold, skipped and miss."""
+    for name, number in (("start", start), ("stop", stop)):
+        check_number(name, number, 0, whole=True)
     seen: list[tuple[int, int]] = []
     missing: list[tuple[int, int]] = []
     reached = start

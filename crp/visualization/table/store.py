@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from crp.checks import check_number
 from crp.errors import InputError, InputTypeError, OutOfRangeError
 from crp.flags import check_flags
 from crp.layers import LayerNotFoundError
@@ -64,7 +63,8 @@ class Table:
     """
 
     def __init__(self, path: str | Path, header: TableHeader, shards: Iterable[ShardRecord] = ()) -> None:
-        self.path, self.header = Path(path), header
+        self.path = Path(path)
+        self.header = header
         self.shards = sorted(shards, key=_order)
 
     @staticmethod
@@ -194,13 +194,13 @@ class Table:
         for name in ("n_samples", "layers", "modes", "kinds", "storage"):
             there, here = getattr(self.header, name), getattr(header, name)
             if there != here:
-                what = f"{name} = {there}, not {here}"
-                raise TableMismatchError(f"the table in {self.path} was mined with {what}; {ELSEWHERE}")
+                raise TableMismatchError(
+                    f"the table in {self.path} was mined with {name} = {there}, not {here}; {ELSEWHERE}"
+                )
 
     def coverage(self, start: int = 0, stop: int | None = None) -> Coverage:
         """Which samples of a range were mined, skipped and missed; of the whole dataset by default."""
-        ends = {"start": start, "stop": self.n_samples if stop is None else stop}
-        return get_coverage(self.shards, *(check_number(name, end, 0, whole=True) for name, end in ends.items()))
+        return get_coverage(self.shards, start, self.n_samples if stop is None else stop)
 
     def rows(self) -> RowIds:
         """Sample and target of every row, in the order of `blocks`."""
@@ -259,8 +259,8 @@ class Table:
         columns = None if concepts is None else self.concept_ids(layer, concepts)
         self.n_concepts(layer)
         wanted = None if samples is None else sample_numbers(samples, self.n_samples)
-        found = self.path / "shards", self.shards
-        return read_blocks(*found, layer, mode, target, normed, columns, _class_number(of_class), wanted)
+        asked = layer, mode, target, normed, columns, _class_number(of_class), wanted
+        return read_blocks(self.path / "shards", self.shards, *asked)
 
     def column(
         self, layer: str, concept: int, mode: str = "relevance", target: str = "sum", normed: bool = False
@@ -287,9 +287,9 @@ class Table:
             return list(problems.values())
         for shard in self.shards:
             if shard.file not in problems:
-                highest = read_rows(self.path / "shards", [shard]).target.max(initial=0)
-                if highest >= outputs:
-                    what = f"rows of target {highest}, and the model {outputs} outputs"
+                target = read_rows(self.path / "shards", [shard]).target
+                if len(target) and int(target.max()) >= outputs:
+                    what = f"rows of target {target.max()}, and the model {outputs} outputs"
                     problems[shard.file] = f"{self.path / 'shards' / shard.file} has {what}"
         return list(problems.values())
 
