@@ -53,15 +53,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_hashed(folder: Path, content: Iterable[bytes | memoryview], name: Callable[[str], str]) -> tuple[Path, str]:
-    """Write a file as `write_atomic` does, of many pieces; its name follows from its sha256, which is given, too.
-
-    Parameters
-    ----------
-    folder : Path
-    content : iterable of bytes or memoryview
-    name : callable
-        Name of the file, of the sha256.
-    """
+    """Write a file as `write_atomic` does, of many pieces; its name is that of its sha256, which is given, too."""
     found: list[str] = []
 
     def named(temporary: Path) -> Path:
