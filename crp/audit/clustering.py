@@ -29,6 +29,8 @@ from crp.visualization.table.store import Table
 
 #: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.
 _MIN_GAP = 4.0
+#: Eigenvalues below are 0 but for rounding: there are as many as the graph has parts.
+_ZERO = 1e-10
 
 
 class Clusters(NamedTuple):
@@ -43,7 +45,7 @@ class Clusters(NamedTuple):
     eigenvalues : ndarray of shape (n,)
         Smallest eigenvalues of the Laplacian, ascending.
     embedding : ndarray of shape (samples, n)
-        Their eigenvectors.
+        Their eigenvectors; of several clusters, with rows of unit length.
     separation : float
         Mean silhouette coefficient in the embedding, from -1 to 1: how well clusters are separated; 0 for one cluster.
     vectors : ndarray of shape (samples, features)
@@ -134,7 +136,8 @@ def clusters(
     Raises
     ------
     ValueError
-        If there are not more samples than neighbours, or values are not finite.
+        If there are not more samples than neighbours, or neighbours join them in more parts than there are to be
+        clusters, or values are not finite.
     """
     check_flags(normed=normed)
     for name, number in (("n", 1 if n is None else n), ("n_neighbours", n_neighbours), ("largest", largest)):
@@ -166,7 +169,14 @@ def clusters(
         )
     if n is not None and n >= len(vectors):
         raise InputError(f"{len(vectors)} samples cannot be in {n} clusters; give a smaller n")
-    values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)
+    values, basis = _spectrum(vectors, n_neighbours)
+    if (n_parts := int((values < _ZERO).sum())) > (n or largest) > 1:
+        raise InputError(
+            f"the explanations fall into {n_parts} parts, which no neighbours join; which of them {n or largest} "
+            "clusters hold would be by chance. Give more n_neighbours (--neighbours), or the number n (--n)"
+        )
+    most = max(largest, n or 1) + 1
+    values, basis = values[:most], basis[:, :most]
     if n is None:
         gaps = np.where(values[:-1] < values[1:] / _MIN_GAP, np.diff(values), 0.0)
         n = 1 + int(gaps.argmax())
@@ -298,16 +308,15 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
-def _spectrum(vectors: np.ndarray, n_neighbours: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest eigenvalues of the neighbours' graph, and their eigenvectors."""
+def _spectrum(vectors: np.ndarray, n_neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues of the neighbours' graph, ascending, and their eigenvectors."""
     from sklearn.neighbors import kneighbors_graph
 
     joined = kneighbors_graph(vectors, n_neighbours, mode="connectivity").toarray()
     joined = np.maximum(joined, joined.T)
     root = 1 / np.sqrt(joined.sum(1))
     values, basis = np.linalg.eigh(np.eye(len(vectors)) - root[:, None] * joined * root)
-    n = min(n, len(vectors))
-    return values[:n], basis[:, :n]
+    return values, basis
 
 
 def _assign(basis: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:

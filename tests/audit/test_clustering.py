@@ -37,6 +37,16 @@ def test_blobs_are_found(sizes):
     assert repr(found) == f"Clusters(sizes={found.sizes}, separation=1.00, vectors=({sum(sizes)}, 6))"
 
 
+@pytest.mark.parametrize(("parts", "how"), [(9, {}), (20, {}), (3, {"largest": 2}), (4, {"n": 3})])
+def test_more_parts_than_clusters_are_not_divided_by_chance(parts, how):
+    """Eigenvectors of several eigenvalues of 0 are any basis, of which the first few tell no part from another."""
+    points = np.eye(parts).repeat(12, 0) + np.random.default_rng(0).normal(size=(12 * parts, parts)) * 0.01
+    with pytest.raises(InputError, match=f"fall into {parts} parts, .*more n_neighbours"):
+        clusters(points, **how)
+    assert clusters(points, largest=parts).sizes == clusters(points, n=parts).sizes == [12] * parts
+    assert clusters(points, n=1).sizes == clusters(points, largest=1).sizes == [12 * parts]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_one_blob_is_one_cluster(seed):
     found = clusters(np.random.default_rng(seed).normal(size=(100, 3)) * 0.1 + [1, 0, 0], normed=False)
