@@ -258,7 +258,8 @@ def _fit(
         raise InputError(f"{what} has {len(vectors)} samples, too few for {min(numbers)} prototypes; give a smaller n")
     numbers = [number for number in numbers if number <= len(vectors)]
     variance = vectors.var(0).mean()
-    if len(vectors) < 2 or variance == 0:
+    # (less than float32, in which they were mined, can tell from none)
+    if len(vectors) < 2 or variance <= (1e-7 * np.abs(vectors).max()) ** 2:
         raise InputError(
             f"{what} has {len(vectors)} samples of mean variance {variance:.3g}, which are too few, or too alike, for "
             "prototypes"

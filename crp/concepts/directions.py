@@ -224,7 +224,7 @@ def cav(activations: Any, labels: Any, method: Literal["pattern", "ridge", "svm"
     else:
         raise InputError(f"method must be 'pattern', 'ridge' or 'svm', not {method!r}")
     norm = np.linalg.norm(vector)
-    if norm == 0 or not np.any(pattern):
+    if norm == 0 or np.linalg.norm(pattern) <= 1e-12 * np.abs(a).max():  # (0 but for rounding)
         raise InputError("the examples of the concept and the others have the same mean; there is no direction")
     unit = vector / norm
     quality = {
