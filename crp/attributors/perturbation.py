@@ -255,7 +255,9 @@ class MeaningfulPerturbation:
             if not limits.isfinite().all():
                 wrong = (~limits.isfinite().all(1)).nonzero().flatten().tolist()
                 raise InputError(f"the model's score is NaN or infinite for samples {wrong} or what they fade to")
-            mask = self._start(images, rate, limits).requires_grad_()
+            mask = self._start(images, rate, limits)
+            # (in half precision, the squares of small gradients are 0, by which Adam divides)
+            mask = mask.to(torch.promote_types(mask.dtype, torch.float32)).requires_grad_()
             scores = self._play(mask, images, rate, generator)
             with torch.no_grad():
                 large = self._enlarge(mask, images).clamp(0, 1)
@@ -343,7 +345,7 @@ class MeaningfulPerturbation:
 
     def _enlarge(self, mask: Tensor, images: Tensor, offset: list[int] | None = None) -> Tensor:
         """Mask of the size of the images, moved by ``offset``."""
-        large = blur(F.interpolate(mask, images.shape[3:], mode=self.upsampling), self.mask_blur)
+        large = blur(F.interpolate(mask, images.shape[3:], mode=self.upsampling), self.mask_blur).to(images.dtype)
         if self.upsampling == "bicubic":  # (values overshoot; a clamp would have no gradient at masks of 0 or 1)
             large = large + (large.clamp(0, 1) - large).detach()
         if offset is None or self.jitter == 1:
