@@ -150,7 +150,8 @@ def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
         raise InputTypeError(f"relevance must be an array or a tensor of numbers, not {relevance!r:.60}") from error
     if checked.is_complex():
         raise InputTypeError(f"relevance must be real numbers, not {checked.dtype}")
-    checked = checked if checked.is_floating_point() else checked.to(data.dtype)
+    dtype = checked.dtype if checked.is_floating_point() else data.dtype
+    checked = checked.to(torch.promote_types(dtype, torch.float32))  # (sums in half precision would lose the order)
     if checked.dim() == data.dim() - 1:
         checked = checked.unsqueeze(1)
     if checked.shape != data.shape and (data.dim() < 3 or checked.shape != (len(data), 1, *data.shape[2:])):

@@ -206,6 +206,24 @@ def test_continuity_in_bfloat16(neighbours: bool) -> None:
     assert float(found) == pytest.approx(float(wanted), rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64], ids=str)
+def test_relevance_is_summed_where_it_fits(dtype: torch.dtype) -> None:
+    """Sums of a patch, and norms, that float16 takes for infinite, and so for equal."""
+    patches = torch.tensor([[2e4, 1e4], [4e4, 3e4]]).repeat_interleave(3, 0).repeat_interleave(3, 1).expand_as(X)
+    model, data = net().half(), X.half()
+    found, wanted = (
+        pixel_flipping(model, data, 0, relevance=patches.to(kind), patch=3, score="output")
+        for kind in (dtype, torch.float64)
+    )
+    assert torch.equal(found.most, wanted.most) and torch.equal(found.least, wanted.least)
+    assert not torch.equal(found.most, found.least)
+
+    def steep(model: nn.Module, inputs: Any, targets: Any) -> Any:
+        return (1.5e4 * torch.as_tensor(inputs).double()).to(dtype)
+
+    assert local_lipschitz(model, data / 2, 0, steep, noise=0.5).tolist() == pytest.approx([1.5e4] * 2, rel=0.01)
+
+
 def test_noise_of_selectivity_is_always_the_same() -> None:
     first, again = (selectivity(net(), X, 0, "gradient", patch=2, replacement="noise").curve for _ in range(2))
     assert torch.equal(first, again)
