@@ -13,20 +13,23 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from crp.audit.asked import check_found
 from crp.audit.heatmaps import kept_heatmaps
 from crp.audit.prototypes import padded
-from crp.checks import check_number
+from crp.checks import check_choice, check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
 from crp.flags import check_flags
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
+from crp.wording import shortened
 
+What = Literal["relevance", "activation", "heatmap"]
 #: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.
 _MIN_GAP = 4.0
 #: Eigenvalues below are 0 but for rounding: there are as many as the graph has parts.
@@ -143,25 +146,7 @@ def clusters(
     for name, number in (("n", 1 if n is None else n), ("n_neighbours", n_neighbours), ("largest", largest)):
         check_number(name, number, 1, whole=True)
     seed = check_number("seed", seed, 0, whole=True)
-    array = None
-    source = Table.open(source) if isinstance(source, str | Path) else source
-    if isinstance(source, Table) and what == "heatmap":
-        if of_class is None:
-            raise InputError("clusters of a table's heatmaps need of_class=")
-        samples, array = kept_heatmaps(source, of_class)
-    elif isinstance(source, Table):
-        if layer is None or of_class is None:
-            raise InputError("clusters of a table need layer= and of_class=")
-        vectors, samples = RowSelection(layer, what, normed=normed, of_class=of_class).read(source)
-    else:
-        array = as_numbers("explanations", source)
-        if not array.ndim:
-            raise InputError("explanations must be of shape (samples, ...), not one number")
-        samples = np.arange(len(array))
-    if array is not None:
-        vectors = array.reshape(len(array), math.prod(array.shape[1:]))
-        if normed:
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
+    vectors, samples = _vectors(source, layer, of_class, what, normed)
     if len(vectors) <= n_neighbours:
         raise InputError(
             f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours "
@@ -207,6 +192,8 @@ def save_clusters(
     Path
         The file.
     """
+    check_found(found, Clusters)
+    check_choice("what", what, What)
     named = with_concepts(table, found, layer, of_class) if what == "heatmap" else found
     each = range(len(found.sizes))
     strongest = [named.strongest(i, k) for i in each]
@@ -225,12 +212,12 @@ def save_clusters(
 
 def with_concepts(table: Table | str | Path, found: Clusters, layer: str, of_class: int) -> Clusters:
     """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
+    check_found(found, Clusters)
     vectors, samples = RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).read(table)
-    order = np.argsort(samples, kind="stable")
-    place = order[np.searchsorted(samples[order], found.sample)]
-    if not np.array_equal(samples[place], found.sample):
+    rows = {sample: row for row, sample in enumerate(samples.tolist())}
+    if not rows.keys() >= set(found.sample.tolist()):
         raise InputError(f"the clusters have samples without rows of class {of_class} in {table!r}")
-    return found._replace(vectors=vectors[place])
+    return found._replace(vectors=vectors[[rows[sample] for sample in found.sample.tolist()]])
 
 
 def export_corelay(
@@ -265,15 +252,20 @@ def export_corelay(
     Raises
     ------
     ValueError
-        If heatmaps, predictions and labels are not given together, or are not of the clusters' samples; or a file is
-        there already. Nothing is written then.
+        If heatmaps, predictions and labels are not given together, or are not of the clusters' samples; labels are no
+        classes; or a file is there already. Nothing is written then.
     """
     import h5py
 
+    check_found(found, Clusters)
     path = Path(path)
     beside = path.with_name(f"{path.stem}.attribution{path.suffix}")
     given = {"attribution": heatmaps, "prediction": predictions, "label": labels}
-    arrays = {key: _array(value) for key, value in given.items() if value is not None}
+    arrays = {
+        key: _as_labels(value) if key == "label" else np.float32(np.atleast_1d(as_numbers(f"{key}s", value)))
+        for key, value in given.items()
+        if value is not None
+    }
     if arrays and (missing := sorted(set(given) - set(arrays))):
         raise InputError(f"heatmaps, predictions and labels are given together; {' and '.join(missing)} are missing")
     n_samples = len(found.sample)
@@ -284,28 +276,53 @@ def export_corelay(
     with h5py.File(path, "x") as file:
         group = file.create_group(name)
         group["index"] = found.sample.astype(np.uint32)
-        embedding = group.create_group("embedding")
-        embedding["spectral"] = found.embedding.astype(np.float32)
-        embedding["spectral"].attrs["eigenvalue"] = found.eigenvalues[: found.embedding.shape[1]].astype(np.float32)
-        clustering = group.create_group("cluster")
-        clustering["spectral"] = found.label.astype(np.uint32)
-        clustering["spectral"].attrs["embedding"] = "spectral"
-        clustering["spectral"].attrs["k"] = len(found.sizes)
-        clustering["spectral"].attrs["index"] = np.arange(found.embedding.shape[1], dtype=np.uint32)
+        n = found.embedding.shape[1]
+        embedding = group.create_dataset("embedding/spectral", data=found.embedding.astype(np.float32))
+        embedding.attrs["eigenvalue"] = found.eigenvalues[:n].astype(np.float32)
+        clustering = group.create_dataset("cluster/spectral", data=found.label.astype(np.uint32))
+        clustering.attrs.update(embedding="spectral", k=len(found.sizes), index=np.arange(n, dtype=np.uint32))
     if arrays:
-        maps = arrays["attribution"].astype(np.float32)
+        maps = arrays["attribution"]
         with h5py.File(beside, "x") as file:
             file["index"] = found.sample.astype(np.uint32)
             maps = maps[:, None] if maps.ndim == 3 else maps
             # (ViRelAy adds channels up, and draws one alone by some of its colour maps only)
             file["attribution"] = np.repeat(maps / 3, 3, axis=1) if maps.shape[1] == 1 else maps
-            file["prediction"] = arrays["prediction"].astype(np.float32)
-            kept = arrays["label"]
-            file["label"] = kept if kept.dtype == bool else kept.astype(np.uint16)
+            file["prediction"], file["label"] = arrays["prediction"], arrays["label"]
 
 
-def _array(values: Any) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+def _vectors(
+    source: Any, layer: str | None, of_class: int | None, what: str, normed: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is clustered, (samples, features), and the samples' numbers."""
+    is_table = isinstance(source, Table | str | Path)
+    if is_table and (of_class is None or (layer is None and what != "heatmap")):
+        raise InputError("clusters of a table need layer= and of_class=; those of its heatmaps of_class= alone")
+    if is_table and what != "heatmap":
+        return RowSelection(cast(str, layer), what, normed=normed, of_class=of_class).read(source)
+    if is_table:
+        samples, array = kept_heatmaps(source, cast(int, of_class))
+    else:
+        array = np.atleast_1d(as_numbers("explanations", source))
+        samples = np.arange(len(array))
+    vectors = array.reshape(len(array), math.prod(array.shape[1:]))
+    if normed:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
+    return vectors, samples
+
+
+def _as_labels(values: Any) -> np.ndarray:
+    """Classes in the numbers that ViRelAy reads, or booleans, as they are."""
+    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    if array.dtype == bool and array.ndim == 2:
+        return array
+    classes = as_numbers("labels", array)
+    if classes.ndim != 1 or not np.isin(classes, np.arange(2**16)).all():
+        raise InputError(
+            f"labels must be classes from 0 to {2**16 - 1}, one for each sample, or boolean of shape (samples, "
+            f"classes), not {shortened(values)}"
+        )
+    return classes.astype(np.uint16)
 
 
 def _spectrum(vectors: np.ndarray, n_neighbours: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from crp.engine.door import check_attribution
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_function
 from crp.visualization.mining.datasets import indexed, read
+from crp.wording import shortened
 
 
 class Collected(NamedTuple):
@@ -127,7 +128,7 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
     try:
         classes = np.array(_one_for_each(labels, len(dataset), "labels"), np.int64)
     except (TypeError, OverflowError):
-        raise InputTypeError(f"labels must be one class for each sample; the first is {labels[0]!r}") from None
+        raise InputTypeError(f"labels must be one class for each sample; they are {shortened(labels)}") from None
     if not len(classes) or classes.min() < 0:
         found = f"sample {classes.argmin()} has {classes.min()}" if len(classes) else "there is no sample"
         raise InputError(f"labels must be classes, which count from 0; {found}")

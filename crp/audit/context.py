@@ -12,7 +12,7 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import _named_concepts
+from crp.audit.asked import _named_concepts, check_asked
 from crp.audit.in_texts import context_in_texts
 from crp.audit.tested import read_samples
 from crp.checks import check_number
@@ -62,12 +62,14 @@ def context_scores(
     Tensor of shape (samples, concepts)
         NaN where a concept has no positive relevance in a sample.
     """
+    check_asked(attribution, data, concept)
     check_number("batch_size", batch_size, 1, whole=True)
     ids = _named_concepts(concept_ids, layer)
     if not isinstance(inside, Tensor):
         raise InputTypeError(f"inside must be a boolean tensor, of the heatmaps' shape, not {kind_of(inside)}")
-    if len(targets) != len(data) or len(inside) != len(data):
-        raise InputError(f"{len(targets)} targets and {len(inside)} masks are given for {len(data)} samples")
+    n_targets = len(targets) if isinstance(targets, Sequence | Tensor | np.ndarray) else 1
+    if n_targets != len(data) or len(inside) != len(data):
+        raise InputError(f"{n_targets} targets and {len(inside)} masks are given for {len(data)} samples")
     conditions = [{attribution.MODEL_OUTPUT_NAME: target, layer: [i]} for target in targets for i in ids]
     rows = torch.arange(len(data)).repeat_interleave(len(ids))
     shares = []

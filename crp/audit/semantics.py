@@ -17,7 +17,7 @@ from crp.audit.asked import _named_concepts
 from crp.checks import check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, InputTypeError
-from crp.visualization.feature import FeatureVisualization
+from crp.visualization.feature import FeatureVisualization, table_of
 
 
 class Match(NamedTuple):
@@ -69,6 +69,7 @@ def embed_references(
     check_number("n", n, 1, whole=True)
     if not callable(embed):
         raise InputTypeError(f"embed must be a function of samples, such as CLIP's encode_image: {embed!r}")
+    table_of(fv, layer)
     ids = _named_concepts(concept_ids, layer)
     references, found = fv.get_max_reference(ids, layer, mode, (0, n)), []
     for i in ids:

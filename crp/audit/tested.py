@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from zennit.core import Composite
 
@@ -17,6 +18,7 @@ from crp.checks import check_number
 from crp.concepts import as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.errors import InputError
+from crp.metrics.sanity import rank_correlations
 from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -153,10 +155,4 @@ def read_samples(
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's: the correlation of ranks, where equal values share theirs; 0 where one of them never varies."""
-    ranks = []
-    for values in (one, other):
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
-    ranks = [rank - rank.mean() for rank in ranks]
-    length = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
-    return float((ranks[0] * ranks[1]).sum() / length) if length else 0.0
+    return float(rank_correlations(*(torch.from_numpy(values)[None] for values in (one, other))))

@@ -17,6 +17,7 @@ from crp.concepts.scores import ConceptScores, by_position, normalize, scores_of
 from crp.errors import InputTypeError
 from crp.flags import check_flags
 from crp.types import MaskFactory, MaskFn
+from crp.wording import shortened
 
 
 class Concept:
@@ -269,6 +270,13 @@ class _InTurn:
         for mask in self.masks:
             grad = mask(grad)
         return grad
+
+
+def check_is_concept(name: str, concept: object) -> None:
+    """Raise a `TypeError` that begins with a name if this is no concept; the class of one is none."""
+    if isinstance(concept, type) or not callable(getattr(concept, "mask", None)):
+        given = f"the class {concept.__name__}" if isinstance(concept, type) else shortened(concept)
+        raise InputTypeError(f"{name} must be a concept, such as ChannelConcept(), not {given}")
 
 
 def mask_of(concept: Concept, method: Literal["mask", "mask_rf"] = "mask") -> MaskFactory:

@@ -117,6 +117,11 @@ def test_files_for_virelay_are_whole_or_not_written(tmp_path):
         export_corelay(tmp_path / "a.h5", found, points)
     with pytest.raises(ValueError, match="the clusters are of 70 samples; labels are of 69"):
         export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=which[1:])
+    for labels in (which - 1, which + 2**16, which / 2, which[:, None]):
+        with pytest.raises(InputError, match="labels must be classes from 0 to 65535, one for each sample, or boolean"):
+            export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=labels)
+    with pytest.raises(InputError, match="predictions must be finite"):
+        export_corelay(tmp_path / "a.h5", found, points, predictions=points * np.inf, labels=which)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.attribution.h5").write_bytes(b"")
     with pytest.raises(InputError, match=r"a\.attribution\.h5 is there already"):
@@ -159,7 +164,7 @@ def test_heatmaps_beside_the_table(tmp_path, size, shape):
     assert np.array_equal(found.sample, samples) and np.array_equal(found.label, direct.label)
     save_clusters(table, found, "second", 1, what="heatmap")
     assert path.stat().st_size < 4096 + 20 * 2 * 36
-    with pytest.raises(ValueError, match="clusters of a table's heatmaps need of_class="):
+    with pytest.raises(ValueError, match="those of its heatmaps of_class= alone"):
         clusters(table, what="heatmap")
     with pytest.raises(ValueError, match="has no rows of"):
         keep_heatmaps(fv, EpsilonPlus(), 7)

@@ -54,7 +54,7 @@ def test_labels_are_not_read_where_the_dataset_has_them(attribution):
     del data.labels
     with pytest.raises(ValueError, match="there are 3 labels for 12 samples"):
         collect(attribution, data, EpsilonPlus(), "second", labels=[1, 2, 0])
-    with pytest.raises(TypeError, match="labels must be one class for each sample; the first is"):
+    with pytest.raises(TypeError, match="labels must be one class for each sample; they are"):
         collect(attribution, data, EpsilonPlus(), "second", labels=[[1, 2]] * 12)
 
 
