@@ -27,8 +27,7 @@ def check_asked(attribution: object, data: object, concept: object) -> None:
 def check_found(found: object, kind: type) -> None:
     """Raise a `TypeError` if this is no result of a kind, whose function has its name."""
     if not isinstance(found, kind):
-        made = f"{kind.__name__.lower()}(table, layer, ...)"
-        raise InputTypeError(f"found must be what {made} gives, not {kind_of(found)}")
+        raise InputTypeError(f"found must be what {kind.__name__.lower()}(table, ...) gives, not {kind_of(found)}")
 
 
 def _one_for_each(values: Any, n_samples: int, what: str) -> list[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,6 @@ from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
 from crp.wording import shortened
 
-What = Literal["relevance", "activation", "heatmap"]
 #: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.
 _MIN_GAP = 4.0
 #: Eigenvalues below are 0 but for rounding: there are as many as the graph has parts.
@@ -193,7 +192,7 @@ def save_clusters(
         The file.
     """
     check_found(found, Clusters)
-    check_choice("what", what, What)
+    check_choice("what", what, Literal["relevance", "activation", "heatmap"])
     named = with_concepts(table, found, layer, of_class) if what == "heatmap" else found
     each = range(len(found.sizes))
     strongest = [named.strongest(i, k) for i in each]
@@ -295,16 +294,15 @@ def _vectors(
     source: Any, layer: str | None, of_class: int | None, what: str, normed: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is clustered, (samples, features), and the samples' numbers."""
-    is_table = isinstance(source, Table | str | Path)
-    if is_table and (of_class is None or (layer is None and what != "heatmap")):
-        raise InputError("clusters of a table need layer= and of_class=; those of its heatmaps of_class= alone")
-    if is_table and what != "heatmap":
-        return RowSelection(cast(str, layer), what, normed=normed, of_class=of_class).read(source)
-    if is_table:
-        samples, array = kept_heatmaps(source, cast(int, of_class))
-    else:
+    if not isinstance(source, Table | str | Path):
         array = np.atleast_1d(as_numbers("explanations", source))
         samples = np.arange(len(array))
+    elif of_class is None or (layer is None and what != "heatmap"):
+        raise InputError("clusters of a table need layer= and of_class=; those of its heatmaps of_class= alone")
+    elif what == "heatmap":
+        samples, array = kept_heatmaps(source, of_class)
+    else:
+        return RowSelection(layer or "", what, normed=normed, of_class=of_class).read(source)
     vectors = array.reshape(len(array), math.prod(array.shape[1:]))
     if normed:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
@@ -332,8 +330,7 @@ def _spectrum(vectors: np.ndarray, n_neighbours: int) -> tuple[np.ndarray, np.nd
     joined = kneighbors_graph(vectors, n_neighbours, mode="connectivity").toarray()
     joined = np.maximum(joined, joined.T)
     root = 1 / np.sqrt(joined.sum(1))
-    values, basis = np.linalg.eigh(np.eye(len(vectors)) - root[:, None] * joined * root)
-    return values, basis
+    return np.linalg.eigh(np.eye(len(vectors)) - root[:, None] * joined * root)
 
 
 def _assign(basis: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:

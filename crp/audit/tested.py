@@ -58,8 +58,7 @@ class Interventions(NamedTuple):
 
     def save(self, table: Table | str | Path) -> Path:
         """Keep them beside a table, where ``crp report`` finds them until the table changes."""
-        names = ("concept", "sample", "target", "relevance", "change")
-        arrays = {name: getattr(self, name) for name in names}
+        arrays = {name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
         settings = {"scale": self.scale, "patched": self.patched, "agreement": self.agreement}
         return keep_result(table, "interventions", self.layer, arrays, settings)
 
