@@ -16,7 +16,7 @@ from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 
 
-def check_asked(attribution: object, data: object, concept: object) -> None:
+def _check_asked(attribution: object, data: object, concept: object) -> None:
     """Raise a `TypeError` if these are no attribution, no tensor of samples, or no concept."""
     check_attribution(attribution)
     check_is_concept("concept", concept)
@@ -24,7 +24,7 @@ def check_asked(attribution: object, data: object, concept: object) -> None:
         raise InputTypeError(f"data must be a tensor of samples, not {kind_of(data)}")
 
 
-def check_found(found: object, kind: type) -> None:
+def _check_found(found: object, kind: type) -> None:
     """Raise a `TypeError` if this is no result of a kind, whose function has its name."""
     if not isinstance(found, kind):
         raise InputTypeError(f"found must be what {kind.__name__.lower()}(table, ...) gives, not {kind_of(found)}")

@@ -11,8 +11,8 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import _one_for_each, check_asked, check_found, predicted_by
-from crp.audit.prototypes import Prototypes, padded
+from crp.audit.asked import _check_asked, _check_found, _one_for_each, predicted_by
+from crp.audit.prototypes import Prototypes, _padded
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
@@ -123,7 +123,7 @@ def audit(
     KeyError
         If there are no prototypes of a class.
     """
-    check_asked(attribution, data, concept)
+    _check_asked(attribution, data, concept)
     check_data(data)
     uses = _uses(found, getattr(concept, "describe", None), k, table)
     name = attribution.MODEL_OUTPUT_NAME
@@ -204,7 +204,7 @@ def save_audit(table: Table | str | Path, found: Prototypes, audited: Sequence[A
     Path
         The file.
     """
-    check_found(found, Prototypes)
+    _check_found(found, Prototypes)
     if not isinstance(audited, Sequence) or any(getattr(one, "sample", None) is None for one in audited):
         raise InputError("audited samples have no number in the table; audit_table gives those that have")
     numbers = [(one.sample, one.predicted, one.prototype, one.nearest) for one in audited]
@@ -212,8 +212,9 @@ def save_audit(table: Table | str | Path, found: Prototypes, audited: Sequence[A
     columns = dict(zip(("sample", "target", "prototype", "nearest"), table_of_numbers.T, strict=True))
     columns["percentile"] = np.array([one.percentile for one in audited], np.float64)
     for name in ("over", "under"):
-        columns[name] = padded([[use.concept for use in getattr(one, name)] for one in audited], -1)
-        columns[f"{name}_difference"] = padded([[use.difference for use in getattr(one, name)] for one in audited], 0.0)
+        uses = [getattr(one, name) for one in audited]
+        columns[name] = _padded([[use.concept for use in of_one] for of_one in uses], -1)
+        columns[f"{name}_difference"] = _padded([[use.difference for use in of_one] for of_one in uses], 0.0)
     return keep_result(table, "audit", found.layer, columns, {"normed": found.normed})
 
 
@@ -222,7 +223,7 @@ def _uses(
 ) -> Callable[[np.ndarray], tuple[list[Use], list[Use]]]:
     """What tells the concepts that are used more and less, from the difference to a prototype."""
     check_number("k", k, 0, whole=True)
-    check_found(found, Prototypes)
+    _check_found(found, Prototypes)
     check_function("describe", describe, "a concept's number")
     references = None if table is None else top_k(table, found.layer, k=_REFERENCES, cache=True).sample
 

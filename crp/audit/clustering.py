@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from crp.audit.asked import check_found
+from crp.audit.asked import _check_found
 from crp.audit.heatmaps import kept_heatmaps
-from crp.audit.prototypes import padded
+from crp.audit.prototypes import _padded
 from crp.checks import check_choice, check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
@@ -191,7 +191,7 @@ def save_clusters(
     Path
         The file.
     """
-    check_found(found, Clusters)
+    _check_found(found, Clusters)
     check_choice("what", what, Literal["relevance", "activation", "heatmap"])
     named = with_concepts(table, found, layer, of_class) if what == "heatmap" else found
     each = range(len(found.sizes))
@@ -201,9 +201,9 @@ def save_clusters(
         "label": found.label,
         "eigenvalues": found.eigenvalues,
         "embedding": found.embedding,
-        "members": padded([found.members(i)[:k].tolist() for i in each], -1),
-        "strongest": padded([[concept for concept, _ in concepts] for concepts in strongest], -1),
-        "difference": padded([[difference for _, difference in concepts] for concepts in strongest], 0.0),
+        "members": _padded([found.members(i)[:k].tolist() for i in each], -1),
+        "strongest": _padded([[concept for concept, _ in concepts] for concepts in strongest], -1),
+        "difference": _padded([[difference for _, difference in concepts] for concepts in strongest], 0.0),
     }
     settings = {"what": what, "separation": found.separation, "seed": found.seed}
     return keep_result(table, "clusters", layer, arrays, settings, of_class)
@@ -211,7 +211,7 @@ def save_clusters(
 
 def with_concepts(table: Table | str | Path, found: Clusters, layer: str, of_class: int) -> Clusters:
     """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
-    check_found(found, Clusters)
+    _check_found(found, Clusters)
     vectors, samples = RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).read(table)
     rows = {sample: row for row, sample in enumerate(samples.tolist())}
     if not rows.keys() >= set(found.sample.tolist()):
@@ -256,7 +256,7 @@ def export_corelay(
     """
     import h5py
 
-    check_found(found, Clusters)
+    _check_found(found, Clusters)
     path = Path(path)
     beside = path.with_name(f"{path.stem}.attribution{path.suffix}")
     given = {"attribution": heatmaps, "prediction": predictions, "label": labels}

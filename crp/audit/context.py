@@ -12,9 +12,9 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import _named_concepts, check_asked
+from crp.audit.asked import _check_asked, _named_concepts
 from crp.audit.in_texts import context_in_texts
-from crp.audit.tested import read_samples
+from crp.audit.tested import _read_samples
 from crp.checks import check_number
 from crp.concepts import Concept, mask_of
 from crp.errors import InputError, InputTypeError
@@ -62,7 +62,7 @@ def context_scores(
     Tensor of shape (samples, concepts)
         NaN where a concept has no positive relevance in a sample.
     """
-    check_asked(attribution, data, concept)
+    _check_asked(attribution, data, concept)
     check_number("batch_size", batch_size, 1, whole=True)
     ids = _named_concepts(concept_ids, layer)
     if not isinstance(inside, Tensor):
@@ -156,7 +156,7 @@ def contexts(
     -------
     Contexts
     """
-    numbers, ids, data, classes = read_samples(fv, layer, samples, concept_ids, targets, "contexts")
+    numbers, ids, data, classes = _read_samples(fv, layer, samples, concept_ids, targets, "contexts")
     if isinstance(data, list):
         check_number("batch_size", batch_size, 1, whole=True)
         masks = list(inside) if isinstance(inside, Sequence | Tensor) else [inside]

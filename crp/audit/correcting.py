@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import _named_concepts, _one_for_each, check_asked
+from crp.audit.asked import _check_asked, _named_concepts, _one_for_each
 from crp.checks import check_number
 from crp.concepts import Concept
 from crp.concepts.ids import as_direction, as_numbers, check_axis, in_range
@@ -231,7 +231,7 @@ def effect(
     UserWarning
         If a correction changes neither predictions nor relevance, as one on another model.
     """
-    check_asked(attribution, data, concept)
+    _check_asked(attribution, data, concept)
     classes, ids = _one_for_each(labels, len(data), "labels"), _named_concepts(concept_ids, layer)
     predictions = []
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import _named_concepts, _one_for_each, check_asked
+from crp.audit.asked import _check_asked, _named_concepts, _one_for_each
 from crp.checks import check_number
 from crp.concepts import Concept
 from crp.concepts.base import check_is_concept
@@ -82,7 +82,7 @@ def intervene(
     Tensor of shape (samples, concepts)
         Output after the change, less the output before.
     """
-    check_asked(attribution, data, concept)
+    _check_asked(attribution, data, concept)
     check_data(data)
     ids, classes = _named_concepts(concept_ids, layer), _one_for_each(targets, len(data), "targets")
     check_number("scale", scale)

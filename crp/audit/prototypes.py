@@ -164,7 +164,7 @@ class Prototypes:
             inside = np.flatnonzero(belongs == i)
             order = np.argsort(np.linalg.norm(vectors[inside] - mean, axis=1), kind="stable")[:_MEMBERS]
             members.append(samples[inside[order]].tolist())
-        return padded(members, -1)
+        return _padded(members, -1)
 
     def _mixture(self, of_class: int) -> _Mixture:
         (number,) = as_ids([of_class], what="a class")
@@ -237,7 +237,7 @@ def prototypes(
     return Prototypes(layer, normed, found, seed)
 
 
-def padded(rows: Sequence[Sequence[float]], none: float) -> np.ndarray:
+def _padded(rows: Sequence[Sequence[float]], none: float) -> np.ndarray:
     """Rows of different lengths as one array, filled up by a number that stands for none."""
     width = max(map(len, rows), default=0)
     filled = [[*row, *[none] * (width - len(row))] for row in rows]

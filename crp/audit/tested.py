@@ -100,7 +100,7 @@ def interventions(
     Interventions
     """
     check_number("scale", scale)
-    numbers, ids, data, classes = read_samples(fv, layer, samples, concept_ids, targets, "interventions")
+    numbers, ids, data, classes = _read_samples(fv, layer, samples, concept_ids, targets, "interventions")
     attribution, concept = fv.attribution, fv.layer_map[layer]
     if isinstance(data, list):
         if patch is not None:
@@ -125,7 +125,7 @@ def interventions(
     )
 
 
-def read_samples(
+def _read_samples(
     fv: FeatureVisualization,
     layer: str,
     samples: Sequence[int],
