@@ -100,7 +100,7 @@ class Target:
         ):
             return AtPlaces([value] if isinstance(value, _PLACES) else value)
         if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
+            value = torch.from_numpy(value.copy())  # (torch takes none that is read backward)
         if isinstance(value, Tensor) and value.is_floating_point():
             return Mask(value)
         if isinstance(value, Tensor) and value.dtype == torch.bool:
