@@ -73,10 +73,13 @@ class Clusters(NamedTuple):
         return [int(number) for number in np.bincount(self.label)]
 
     def members(self, cluster: int) -> np.ndarray:
-        """Samples of a cluster, those nearest to its mean first."""
+        """Samples of a cluster, those nearest to its mean first: in the embedding; at one place there, by vectors."""
         inside = np.flatnonzero(self._is_in(cluster))
-        distance = np.linalg.norm(self.embedding[inside] - self.embedding[inside].mean(0), axis=1)
-        return np.asarray(self.sample[inside[np.argsort(distance, kind="stable")]])
+        apart, in_embedding = (
+            np.linalg.norm(rows[inside] - rows[inside].mean(0), axis=1) for rows in (self.vectors, self.embedding)
+        )
+        order = np.lexsort((apart, in_embedding.round(9))) if len(self.sizes) > 1 else apart.argsort(kind="stable")
+        return np.asarray(self.sample[inside[order]])
 
     def strongest(self, cluster: int, k: int = 5) -> list[tuple[int, float]]:
         """Features, such as concepts, by which a cluster exceeds the other samples most: with the difference of means.
@@ -304,9 +307,12 @@ def _vectors(
     else:
         return RowSelection(layer or "", what, normed=normed, of_class=of_class).read(source)
     vectors = array.reshape(len(array), math.prod(array.shape[1:]))
-    if normed:
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
-    return vectors, samples
+    return _directions_of(vectors) if normed else vectors, samples
+
+
+def _directions_of(rows: np.ndarray) -> np.ndarray:
+    """Rows of unit length; zeros stay zeros."""
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300))
 
 
 def _as_labels(values: Any) -> np.ndarray:
@@ -339,10 +345,9 @@ def _assign(basis: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarra
     from sklearn.metrics import silhouette_score
 
     embedding = basis[:, :n]
-    # (each row of unit length: samples of one part of the graph are then one point)
-    rows = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-300)
     if n == 1:
         return np.zeros(len(basis), np.int64), embedding, 0.0
+    rows = _directions_of(embedding)  # (samples of one part of the graph are then one point)
     found = KMeans(n, n_init=10, random_state=seed).fit_predict(rows)
     rank = np.argsort(np.argsort(-np.bincount(found, minlength=n), kind="stable"), kind="stable")
     return rank[found].astype(np.int64), rows, float(silhouette_score(rows, found))

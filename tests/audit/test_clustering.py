@@ -55,6 +55,17 @@ def test_one_blob_is_one_cluster(seed):
     assert clusters(blobs(50, 50)[0], n=3).sizes[0] <= 50
 
 
+@pytest.mark.parametrize("sizes", [(60,), (40, 30)], ids=str)
+def test_members_are_those_nearest_to_the_mean(sizes):
+    """Separated clusters are a point each in the embedding, and one cluster is what all have in common."""
+    points, _ = blobs(*sizes)
+    found = clusters(points, normed=False)
+    for i in range(len(sizes)):
+        members = found.members(i)
+        distance = np.linalg.norm(points[members] - points[members].mean(0), axis=1)
+        assert len(members) == sizes[i] and np.allclose(distance, np.sort(distance), atol=1e-8)
+
+
 def test_spectrum_of_a_ring():
     """Points on a circle, each joined with its two neighbours: eigenvalues 1 - cos(2πk/n)."""
     angle = 2 * np.pi * np.arange(12) / 12
