@@ -31,6 +31,7 @@ from crp.concepts.ids import as_numbers
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import check_data
+from crp.engine.probabilities import are_shares
 from crp.errors import InputError
 from crp.flags import check_flags
 from crp.layers import unwrap
@@ -243,15 +244,15 @@ class MeaningfulPerturbation:
         select = tensor_in if asked is None else asked.select
         with explaining(self.model, select=select) as run, torch.no_grad():
             output = run(data)
-        known = known_target(asked, output)
+        known, shares = known_target(asked, output), output.dim() > 1 and are_shares(output)
         with explaining(self.model, self.composite, select) as run, torch.enable_grad():
             images = self._pyramid(data, generator)
 
             def rate(image: Tensor) -> Tensor:
-                return score_of(run(image), known, self.score)
+                return score_of(run(image), known, self.score, shares)
 
             with torch.no_grad():
-                limits = torch.stack([score_of(output, known, self.score), rate(images[0])], 1)
+                limits = torch.stack([score_of(output, known, self.score, shares), rate(images[0])], 1)
             if not limits.isfinite().all():
                 wrong = (~limits.isfinite().all(1)).nonzero().flatten().tolist()
                 raise InputError(f"the model's score is NaN or infinite for samples {wrong} or what they fade to")
