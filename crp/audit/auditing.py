@@ -15,9 +15,7 @@ from crp.audit.asked import _check_asked, _check_found, _one_for_each, predicted
 from crp.audit.prototypes import Prototypes, _padded
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
-from crp.concepts.base import check_masks
 from crp.concepts.reading import LayerValues, relevance_sums
-from crp.engine.door import check_attribution
 from crp.engine.inputs import check_data
 from crp.errors import InputError, NameNotFoundError
 from crp.flags import check_function

@@ -24,7 +24,6 @@ from crp.checks import check_choice, check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
 from crp.flags import check_flags
-from crp.kinds import as_path, check_kind
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table

@@ -17,7 +17,6 @@ from crp.audit.in_texts import context_in_texts
 from crp.audit.tested import _read_samples
 from crp.checks import check_number
 from crp.concepts import Concept, mask_of
-from crp.engine.door import check_attribution
 from crp.engine.taps import check_layers
 from crp.errors import InputError
 from crp.kinds import check_kind
@@ -67,14 +66,13 @@ def context_scores(
     """
     _check_asked(attribution, data, concept)
     check_number("batch_size", batch_size, 1, whole=True)
-    check_attribution(attribution)
     check_layers(attribution.model, [layer], "layer")
     ids = _named_concepts(concept_ids, layer)
-    if not isinstance(inside, Tensor):
-        raise InputTypeError(f"inside must be a boolean tensor, of the heatmaps' shape, not {kind_of(inside)}")
-    n_targets = len(targets) if isinstance(targets, Sequence | Tensor | np.ndarray) else 1
-    if n_targets != len(data) or len(inside) != len(data):
-        raise InputError(f"{n_targets} targets and {len(inside)} masks are given for {len(data)} samples")
+    check_kind("inside", inside, Tensor, "a boolean tensor, of the heatmaps' shape")
+    check_form(inside, "inside")
+    check_kind("targets", targets, (Sequence, Tensor, np.ndarray), "one for each sample")
+    if len(targets) != len(data) or len(inside) != len(data):
+        raise InputError(f"{len(targets)} targets and {len(inside)} masks are given for {len(data)} samples")
     conditions = [{attribution.MODEL_OUTPUT_NAME: target, layer: [i]} for target in targets for i in ids]
     rows = torch.arange(len(data)).repeat_interleave(len(ids))
     shares = []

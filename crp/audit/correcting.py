@@ -25,7 +25,6 @@ from crp.checks import check_number
 from crp.concepts import Concept
 from crp.concepts.ids import as_direction, as_numbers, check_axis, in_range
 from crp.concepts.reading import LayerValues, relevance_sums
-from crp.engine.door import check_attribution
 from crp.errors import InputError, InputTypeError, StateError
 from crp.flags import check_function
 from crp.layers import ByChainRule, Followed, find_layers, put_behind

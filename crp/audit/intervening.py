@@ -22,7 +22,6 @@ from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import changed_at, check_changed_once
 from crp.errors import InputError, OutOfRangeError
-from crp.kinds import check_kind
 from crp.visualization.without import kept_part
 
 

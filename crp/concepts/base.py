@@ -16,7 +16,6 @@ from crp.concepts.ids import _masked, as_ids, check_alike, in_range
 from crp.concepts.scores import ConceptScores, by_position, normalize, scores_of
 from crp.errors import InputTypeError
 from crp.flags import check_flags
-from crp.notices import kind_of
 from crp.types import MaskFactory, MaskFn
 from crp.wording import shortened
 
@@ -282,7 +281,7 @@ def check_is_concept(name: str, concept: object) -> None:
 
 def mask_of(concept: Concept, method: Literal["mask", "mask_rf"] = "mask") -> MaskFactory:
     """Mask factory of a concept, with the concept's `needs_multiplier`, which a static method cannot carry."""
-    check_masks("concept", concept)
+    check_is_concept("concept", concept)
     check_choice("method", method, Literal["mask", "mask_rf"])
     make: MaskFactory = getattr(concept, method)
     if not getattr(concept, "needs_multiplier", False):

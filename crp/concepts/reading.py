@@ -214,7 +214,7 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
 
 def relevance_at(concept: Concept, values: LayerValues, layer_name: str) -> Tensor:
     """Relevance of every concept at every position, (rows, concepts, *positions)."""
-    check_masks("concept", concept)
+    check_is_concept("concept", concept)
     if not concept.needs_multiplier:
         return concept._from_relevance(values.relevance, layer_name)
     if values.counted is None or values.multiplier is None:
