@@ -298,7 +298,9 @@ def _vectors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is clustered, (samples, features), and the samples' numbers."""
     if not isinstance(source, Table | str | Path):
-        array = np.atleast_1d(as_numbers("explanations", source))
+        array = as_numbers("explanations", source)
+        if not array.ndim:
+            raise InputError("explanations must be of shape (samples, ...), not one number")
         samples = np.arange(len(array))
     elif of_class is None or (layer is None and what != "heatmap"):
         raise InputError("clusters of a table need layer= and of_class=; those of its heatmaps of_class= alone")

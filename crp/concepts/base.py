@@ -274,9 +274,10 @@ class _InTurn:
 
 def check_is_concept(name: str, concept: object) -> None:
     """Raise a `TypeError` that begins with a name if this is no concept; the class of one is none."""
-    if isinstance(concept, type) or not callable(getattr(concept, "mask", None)):
-        given = f"the class {concept.__name__}" if isinstance(concept, type) else shortened(concept)
-        raise InputTypeError(f"{name} must be a concept, such as ChannelConcept(), not {given}")
+    if isinstance(concept, type):
+        raise InputTypeError(f"{name} is a class; it must be an instance: {concept.__name__}()")
+    if not callable(getattr(concept, "mask", None)):
+        raise InputTypeError(f"{name} must be a concept, such as ChannelConcept(), not {shortened(concept)}")
 
 
 def mask_of(concept: Concept, method: Literal["mask", "mask_rf"] = "mask") -> MaskFactory:

@@ -96,7 +96,7 @@ WRONG = {
     ),
     "audit by a class of concepts": (
         lambda m: audit(CondAttribution(m), DATA, EpsilonPlus(), None, ChannelConcept),
-        r"concept must be a concept, such as ChannelConcept\(\), not the class ChannelConcept",
+        r"concept is a class; it must be an instance: ChannelConcept\(\)",
     ),
     "audit of a list": (
         lambda m: audit(CondAttribution(m), [DATA], EpsilonPlus(), None, ChannelConcept()),

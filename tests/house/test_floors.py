@@ -50,7 +50,7 @@ BUDGETS = {
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
     "attributors": 3314,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
-    "audit": 2699,
+    "audit": 2701,
     "canonizers": 866,
     "commands": 2462,
     "compat": 946,
@@ -59,7 +59,7 @@ BUDGETS = {
     "composites": 3963,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
-    "concepts": 2044,
+    "concepts": 2045,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
     "engine": 6299,

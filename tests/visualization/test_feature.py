@@ -65,7 +65,7 @@ def test_C17_a_misspelt_layer_is_named_at_once(tmp_path):
 
 
 def test_a_concept_class_is_no_concept(tmp_path):
-    with pytest.raises(TypeError, match=r"layer_map\['first'\] must be a concept, such as .*; not a dict"):
+    with pytest.raises(TypeError, match=r"layer_map\['first'\] must be a concept, such as .*, not \{'a'"):
         make_fv(tmp_path, layers={"first": {"a": make_net()}})
     with pytest.raises(TypeError, match="layer_map must be layers and their concepts, or a list of layers; not None"):
         FeatureVisualization(CondAttribution(make_net()), Images(), None)
