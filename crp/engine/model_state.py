@@ -80,10 +80,6 @@ class State:
     `TensorMark`). What leads to an iterator, a scripted module, a tensor without memory of its own, or too much,
     cannot be known: it never holds.
 
-    Parameters
-    ----------
-    *values
-
     Attributes
     ----------
     functions : set
