@@ -46,23 +46,14 @@ class _Placed(NamedTuple):
 
 @dataclass(eq=False)
 class _Use:
-    """A model that a call has in its hands now.
-
-    Attributes
-    ----------
-    model : nn.Module
-    composite : zennit.core.Composite
-    thread : int
-    parts : set of int
-        `id` of its modules and parameters.
-    undo : ExitStack
-        Takes off what was put on.
-    """
+    """A model that a call has in its hands now."""
 
     model: nn.Module
     composite: Composite
     thread: int
+    #: `id` of its modules and parameters.
     parts: set[int]
+    #: Takes off what was put on.
     undo: ExitStack
 
 

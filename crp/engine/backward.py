@@ -173,14 +173,10 @@ def _send_rows_back(
 ) -> dict[str, Tensor]:
     """Send rows back through one forward pass, those with the same conditioned layers together.
 
-    ``start`` begins at the model's output or at the start layer. ``backward`` is
-    `send_back`, or what overrides it, if masks act while the gradient flows and every row has a column of its own.
-    With ``last``, the graph is not needed again.
-
-    Returns
-    -------
-    dict of str to Tensor of shape (rows * entries, ...)
-        What arrives at each input that is explained, by `_input_name`, and at each layer; 0 where nothing does.
+    ``start`` begins at the model's output or at the start layer. ``backward`` is `send_back`, or what overrides it, if
+    masks act while the gradient flows and every row has a column of its own. With ``last``, the graph is not needed
+    again. Gives what arrives at each input that is explained, by `_input_name`, and at each layer, (rows * entries,
+    ...); 0 where nothing does.
     """
     groups = rows.groups(settings.output_name) if settings.exclude_parallel else [list(range(len(rows)))]
     arrived = []

@@ -67,12 +67,7 @@ class _ReadOnly:
 
 
 class _ReadingOnly:
-    """Context in which a model runs in this thread; hooks that come onto its graph cannot change what goes back.
-
-    Parameters
-    ----------
-    model : callable
-    """
+    """Context in which a model runs in this thread; hooks that come onto its graph cannot change what goes back."""
 
     def __init__(self, model: object) -> None:
         self.model = model

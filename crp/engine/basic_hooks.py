@@ -47,12 +47,7 @@ def _is_basic(hook: object) -> TypeGuard[BasicHook]:
 
 
 class _Batched:
-    """A basic hook whose modified outputs are computed in the forward pass.
-
-    Parameters
-    ----------
-    hook : zennit.core.BasicHook
-    """
+    """A basic hook whose modified outputs are computed in the forward pass."""
 
     def __init__(self, hook: BasicHook) -> None:
         self._hook, self._takes = hook, False

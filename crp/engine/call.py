@@ -359,7 +359,9 @@ class Call:
         if own or settings.start is not None or not isinstance(settings.init_rel, int | float | None):
             return Starts.of_each(self._start_of_rows(prediction, passed, rows))
         first, starts = distinct(rows, passed.columns(rows), rows.targets(settings.output_name))
-        return replace(starts, values=self._start_of_rows(prediction[: len(first)], passed, rows.part(first)))
+        if len(first) < len(rows):
+            rows, prediction = rows.part(first), prediction[: len(first)]
+        return replace(starts, values=self._start_of_rows(prediction, passed, rows))
 
     def _start_of_rows(self, prediction: Tensor, passed: ForwardPass, rows: Rows) -> Tensor:
         """The same of each row, (rows, *root shape); of the prediction, only its form counts."""

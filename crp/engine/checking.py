@@ -49,24 +49,14 @@ class _Attributing(Protocol):
 
 @dataclass(frozen=True)
 class _Point:
-    """One thing that was checked.
-
-    Attributes
-    ----------
-    name : str
-    holds : bool or None
-        None where it does not apply.
-    value : float or None
-        What was measured, to be compared with ``limit``.
-    limit : float or None
-    what : str
-        In words.
-    """
+    """One thing that was checked; None where it does not apply."""
 
     name: str
     holds: bool | None
+    #: What was measured, to be compared with the limit.
     value: float | None
     limit: float | None
+    #: In words.
     what: str
 
     def __str__(self) -> str:

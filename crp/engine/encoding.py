@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from zennit.core import Composite
 
+from crp.errors import InputError
 from crp.types import Sinks
+
+_WORDS = {"encoding": ("relevance", "multiplier"), "readout": ("relevance", "multiplier"), "initial": ("output", "one")}
 
 
 class Propagation:
@@ -33,6 +37,10 @@ class Propagation:
     initial: ClassVar[Literal["output", "one"]] = "output"
     isolates: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        _check_words(cls.__name__, vars(cls))
+
     def members_for(self, data: Tensor) -> list[Composite]:
         """Composites whose results are averaged, for methods with several references; empty for all others."""
         return []
@@ -51,7 +59,15 @@ def propagation_of(composite: Composite | None) -> Propagation:
         return composite
     propagation = Propagation()
     vars(propagation).update({name: getattr(composite, name) for name in _ASKED if hasattr(composite, name)})
+    _check_words(type(composite).__name__, vars(propagation))
     return propagation
+
+
+def _check_words(owner: str, said: Mapping[str, Any]) -> None:
+    """Raise an `InputError` where a composite says another word than there are."""
+    for name, words in _WORDS.items():
+        if isinstance(word := said.get(name), str) and word not in words:
+            raise InputError(f"{owner}.{name} is {word!r}; it must be {' or '.join(map(repr, words))}")
 
 
 _ASKED = [name for name in vars(Propagation) if not name.startswith("_")]

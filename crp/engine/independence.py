@@ -40,10 +40,6 @@ _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 class FirstLook:
     """Look at a model before and after some forward passes; most of it is done once for each model.
 
-    Parameters
-    ----------
-    model : nn.Module
-
     Attributes
     ----------
     is_first : bool

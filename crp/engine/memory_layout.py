@@ -71,16 +71,7 @@ def _is_same_channels_last(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _run_channels_last(run: Callable[[Inputs], ForwardPass], model: nn.Module, inputs: Inputs) -> ForwardPass | None:
-    """Forward pass with the channels last; None where rules cannot do that.
-
-    Parameters
-    ----------
-    run : callable
-        The forward pass.
-    model : nn.Module
-    inputs : Inputs
-        A single tensor of shape (samples, channels, height, width).
-    """
+    """Forward pass of a tensor of (samples, channels, height, width), the channels last; None where rules cannot."""
     try:
         return run(_laid_out(inputs))
     except Exception as error:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from zennit.core import Composite
+from zennit.core import Composite, Hook
 
 from crp.engine.module_hooks import _ON_ALL_MODULES, _hooks_of
 from crp.layers import modules_of
@@ -79,10 +79,6 @@ class State:
     leads to something else. Writes through ``.data`` into the same memory are noticed where the host has it (see
     `TensorMark`). What leads to an iterator, a scripted module, a tensor without memory of its own, or too much,
     cannot be known: it never holds.
-
-    Parameters
-    ----------
-    *values
 
     Attributes
     ----------
@@ -133,12 +129,14 @@ class State:
             if (reader := _reader_of(kind)) is None:
                 continue
             parts = reader(value)
-            if kind not in (tuple, frozenset):
+            if not _is_constant(kind):
                 self._read.append((value, reader, parts))
             if isinstance(value, FunctionType):
                 self.functions.add(_key_of(value.__code__, _around(value)))
             elif isinstance(value, nn.Module):
                 self._seen |= {id(kind.forward), *(id(value.__dict__.get(name)) for name in _OWN)}
+            elif isinstance(value, Hook):  # (what a pass leaves in a rule)
+                self._seen |= {id(vars(value).get(name)) for name in ("stored_tensors", "tensor_handles")}
             todo += parts
             self._n_left -= len(parts)
             self._is_known = self._n_left > 0 and not hasattr(kind, "__next__")
@@ -178,6 +176,13 @@ def _reader_of(kind: type) -> _Reader | None:
     ]
     plain: dict[type, _Reader] = {dict: lambda value: [*value, *value.values()], **dict.fromkeys(_SEVERAL, list)}
     return plain.get(kind) or next(reader for kinds, reader in readers if issubclass(kind, kinds))
+
+
+@lru_cache(maxsize=1024)
+def _is_constant(kind: type) -> bool:
+    """Whether objects of a class lead to the same for ever; what they lead to may change."""
+    settings = getattr(kind, "__dataclass_params__", None)
+    return kind in (tuple, frozenset) or (settings is not None and settings.frozen and _package({}, kind) in _SETTLED)
 
 
 def _of_module(module: nn.Module) -> list[Any]:

@@ -26,8 +26,8 @@ _WARNING = {"warn", "warn_explicit"}
 _OF_THREADS = {"threading": ("wait", "join"), "concurrent": ("submit",)}
 
 
-class _Missing:
-    """What a name stands for that is not there."""
+#: What a name stands for that is not there.
+_Missing = type("_Missing", (), {})
 
 
 class NamesRead:

@@ -209,10 +209,7 @@ def _is_same(given: object, ids: Tensor) -> bool:
 def _in_place_of_lookup(model: nn.Module, embedded: Mapping[int | str, Embedded]) -> Iterator[dict[str, Tensor]]:
     """Context in which a model takes embeddings of ids as further keywords, which are yielded.
 
-    Raises
-    ------
-    ValueError
-        At its end, if the model has not looked the ids up, or by further layers than the one that was found to.
+    An error at its end tells where the layer that was found to has not looked the ids up, or others have, too.
     """
     number = next(_calls)
     keys = {f"embeddings of {name} in call {number}": name for name in embedded}  # (no argument has such a name)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 from zennit.core import Composite as ZennitComposite
 
+from crp.attribution import CondAttribution
 from crp.composites import DeepLift, EpsilonPlus, ExcitationBackprop, Gradient
 from crp.engine.encoding import Propagation, is_product, propagation_of, starts_at_one
+from crp.errors import InputError
 
 
 @pytest.mark.parametrize("composite", [None, ZennitEpsilonPlus()], ids=["none", "zennit"])
@@ -29,6 +32,16 @@ def test_composites_of_ours_answer_themselves():
     assert is_product(ExcitationBackprop()) and not starts_at_one(ExcitationBackprop())
     assert ExcitationBackprop().initial == "one" and Gradient().readout == "multiplier"
     assert EpsilonPlus().accounting() is not None
+
+
+@pytest.mark.parametrize("name", ["encoding", "readout", "initial"])
+def test_a_word_that_there_is_not_is_refused(name):
+    """Relevance would be read in one way here, and in another one there."""
+    with pytest.raises(InputError, match=f"Mine.{name} is 'relevances'; it must be '"):
+        type("Mine", (EpsilonPlus,), {name: "relevances"})
+    mine = type("Mine", (ZennitComposite,), {name: "relevances"})
+    with pytest.raises(InputError, match=f"Mine.{name} is 'relevances'; it must be '"):
+        CondAttribution(nn.Linear(2, 2))(torch.ones(1, 2), [{"y": 0}], mine())
 
 
 def test_a_composite_of_zennit_may_say_some_of_it():
