@@ -34,6 +34,10 @@ class Propagation:
     initial: ClassVar[Literal["output", "one"]] = "output"
     isolates: ClassVar[bool] = False
 
+    def shares_output(self) -> bool:
+        """Whether results are shares of the model's output, where a call starts with that."""
+        return self.encoding == "multiplier" and self.readout == "relevance" and self.initial == "output"
+
     def members_for(self, data: Tensor) -> list[Composite]:
         """Composites whose results are averaged, for methods with several references; empty for all others."""
         return []
