@@ -140,8 +140,10 @@ class Call:
 
     def checked(self, part: Part, of_channels: Collection[MaskFactory]) -> AttributionResults:
         """Results of a part, or an error where they are not what they are called; some masks are of channels."""
-        result, _ = part
-        check_result(self.model, result.heatmap, result.prediction)
+        result, own = part[0], self.overrides
+        is_other = own.heatmap_modifier or own.relevance_init or self.given or self.settings.init_rel is not None
+        shares = () if is_other or not propagation_of(self.composite).shares_output() else part[1]
+        check_result(self.model, result.heatmap, result.prediction, shares)
         for layer in self.conditioned:
             activation = result.activations[layer]  # (a list, where rows differ in shape)
             if isinstance(activation, Tensor) and mask_factory(self.settings.mask_map, layer) in of_channels:

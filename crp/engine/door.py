@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from math import isfinite
+from math import inf, isfinite
 from numbers import Integral
 from typing import Any
 
@@ -135,22 +135,40 @@ def is_finite(tensor: Tensor) -> bool:
     return isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
-def check_result(model: nn.Module, heatmap: object, prediction: object) -> None:
-    """Raise an `InputError`, or warn, where a heatmap is not finite, or too small for float16.
+def check_result(model: nn.Module, heatmap: object, prediction: object, shares: object = ()) -> None:
+    """Raise an `InputError`, or warn, where a heatmap is not finite, too small for float16, or nothing but rounding.
 
-    Weights or buffers that are not finite are named; otherwise numbers have become too large on the way.
+    Weights or buffers that are not finite are named; otherwise numbers have become too large on the way. ``shares`` of
+    what is predicted, if they are that, are what the heatmap is the sum of.
     """
-    if _all_finite(heatmap):
+    parts = [*tensors_in(shares)]
+    sizes = [0.0 if one.is_meta else torch.linalg.vector_norm(one.detach(), 1).item() for one in parts]
+    if (sizes and all(map(isfinite, sizes))) or _all_finite(heatmap):
         if any(is_lost_in_float16(part, part.dtype) for part in tensors_in(heatmap)):
             warn(
                 f"relevance is below {_LEAST:.0e} everywhere in some rows, where float16 has few digits left, or none: "
                 "compute in bfloat16 or float32, or start with more, such as init_rel=1000"
+            )
+        if any(_is_rounding(*one, prediction) for one in zip(parts, sizes, strict=True)):
+            warn(
+                "relevance is of either sign, and so large that rounding alone is as much as what the model predicts: "
+                "the heatmap tells nothing. Values close to 0 were divided by, as those that a sigmoid reads; try "
+                'gates="signal", or Epsilon(0.1), Gamma() or ZPlus() on layers that have LRP-0 or a small ε'
             )
         return
     if names := _not_finite({**dict(model.named_parameters()), **dict(model.named_buffers())}):
         raise InputError(f"the heatmap is not finite, as {_listed(names)} of the model has NaN or infinite values")
     where = "as the model's output is" if not _all_finite(prediction) else "though the model's output is"
     warn(f"the heatmap has NaN or infinite values, {where}: numbers became too large, or were divided by 0, on the way")
+
+
+def _is_rounding(relevance: Tensor, size: float, prediction: object) -> bool:
+    """Whether rounding, as random as it is, is as large as predictions in relevance of this sum of absolute values."""
+    eps = torch.finfo(relevance.dtype).eps
+    of_row = float(size / (relevance.numel() * len(relevance)) ** 0.5)  # (at most the Euclidean norm)
+    if not eps**-0.5 < of_row < inf:  # (rows that predict next to nothing may have any)
+        return False
+    return of_row * eps > max(float(one.detach().abs().amax()) for one in tensors_in(prediction))
 
 
 def _all_finite(result: object) -> bool:

@@ -41,6 +41,10 @@ class Propagation:
         super().__init_subclass__(**keywords)
         _check_words(cls.__name__, vars(cls))
 
+    def shares_output(self) -> bool:
+        """Whether results are shares of the model's output, where a call starts with that."""
+        return self.encoding == "multiplier" and self.readout == "relevance" and self.initial == "output"
+
     def members_for(self, data: Tensor) -> list[Composite]:
         """Composites whose results are averaged, for methods with several references; empty for all others."""
         return []

@@ -19,7 +19,7 @@ from zennit.composites import EpsilonPlus as ZennitEpsilonPlus
 
 from crp.attribution import CondAttribution
 from crp.attributors import Gradient
-from crp.composites import EpsilonPlus
+from crp.composites import EpsilonPlus, UniformEpsilon, UniformLRP0
 from crp.concepts import ChannelConcept
 from crp.errors import CRPError, InputError, InputTypeError, UnseenError
 from crp.layers import LayerNotFoundError
@@ -237,6 +237,22 @@ def test_numbers_that_become_too_large_are_told_of():
             parameter.fill_(1e30)
     with pytest.warns(UserWarning, match="numbers became too large"):
         CondAttribution(model)(torch.ones(1, 2), [{"y": 1}])
+
+
+@pytest.mark.promise("Results", "Relevance that is nothing but rounding is told of")
+def test_relevance_that_is_nothing_but_rounding_is_told_of():
+    """Shares of a sum of 1e-7 are 5e6 and -5e6, of channels, which the heatmap adds up."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Sigmoid(), nn.Linear(1, 2)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -1.0]]))
+        model[2].weight.fill_(1.0)
+        model[2].bias.zero_()
+    data = torch.tensor([[1.0, 1.0 + 2**-23]])
+    with pytest.warns(UserWarning, match="rounding alone is as much as what the model predicts"):
+        CondAttribution(model)(data, [{"y": 1}], UniformLRP0())
+    for composite in (UniformEpsilon(epsilon=0.1), None):  # (warnings are errors here)
+        CondAttribution(model)(data, [{"y": 1}], composite)
+    CondAttribution(model.double())(data.double(), [{"y": 1}], UniformLRP0())
 
 
 @pytest.mark.promise("Input", "Parts of `generate` do not depend on what the caller changes between them")
