@@ -167,6 +167,7 @@ ORDER = torch.tensor([3, 0, 1, 5, 2, 4])
 #: Functions of one tensor by softmax, beside numbers or what else is made of it; and by numbers beside exponentials.
 BY_EXPONENTIALS = {
     "one": (torch.sigmoid, lambda a: torch.softmax(torch.stack([a, torch.zeros_like(a)], -1), -1)[..., 0]),
+    "cat": (torch.sigmoid, lambda a: torch.cat([a[None], 0 * a[None]]).softmax(0)[0]),
     "halves": (torch.sigmoid, lambda a: torch.stack([-a / 2, a / 2]).softmax(0)[1]),
     "columns": (torch.sigmoid, lambda a: torch.cat([a[..., None], ZERO.expand(3, 6, 1)], -1).softmax(-1).select(-1, 0)),
     "padded": (torch.sigmoid, lambda a: F.pad(a[..., None], (1, 0)).softmax(-1)[..., 1]),
