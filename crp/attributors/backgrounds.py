@@ -15,7 +15,7 @@ from crp.concepts.ids import as_numbers
 from crp.errors import InputError, InputTypeError
 from crp.notices import kind_of
 
-Named = Literal["blur", "median", "mean", "noise"]
+_Named = Literal["blur", "median", "mean", "noise"]
 Background: TypeAlias = str | float | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -68,11 +68,9 @@ def _check_background(background: object) -> None:
     """Raise an error that lists what a background can be."""
     if isinstance(background, Tensor) or callable(background):
         return
-    if isinstance(background, bool) or (
-        not isinstance(background, int | float) and not (isinstance(background, str) and background in get_args(Named))
-    ):
+    if isinstance(background, bool) or not (background in get_args(_Named) or isinstance(background, int | float)):
         raise InputError(
-            f"a background must be one of {', '.join(map(repr, get_args(Named)))}, a number, a tensor, or a function "
+            f"a background must be one of {', '.join(map(repr, get_args(_Named)))}, a number, a tensor, or a function "
             f"of the data; not {background!r}"
         )
 

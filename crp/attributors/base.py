@@ -320,7 +320,7 @@ def _target(target: Any) -> Target:
     if target is None:
         return Start(lambda output: output)
     if isinstance(target, np.ndarray):
-        target = torch.from_numpy(target)
+        target = torch.from_numpy(target.copy())
     if callable(target) or (isinstance(target, Tensor) and target.is_floating_point()):
         return Start(target)
     return Target.of(target)

@@ -209,7 +209,7 @@ class GradCAM(LayerCAM):
 
     def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
         """Mean of the gradient over positions."""
-        return gradient.mean(_space(gradient), keepdim=True)
+        return gradient.mean(tuple(range(2, gradient.dim())), keepdim=True)
 
 
 class GradCAMPlusPlus(LayerCAM):
@@ -250,7 +250,7 @@ class GradCAMPlusPlus(LayerCAM):
 
     def weigh(self, activation: Tensor, gradient: Tensor, output: Tensor, target: Target) -> Tensor:
         """Mean of the positive gradient, weighted by α (eq. 19)."""
-        space = _space(gradient)
+        space = tuple(range(2, gradient.dim()))
         # (both sides of the fraction divided by the square, which would vanish for small gradients)
         below = 2 + activation.sum(space, keepdim=True) * gradient
         if self.eps:
@@ -372,7 +372,3 @@ class GuidedGradCAM(Attributor):
         _, (coarse,) = self.coarse.attribute(inputs, target)
         output, (fine,) = self.fine.attribute(inputs, target)
         return output, (fine * coarse.to(fine),)
-
-
-def _space(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(range(2, tensor.dim()))

@@ -11,6 +11,7 @@ from torch import nn
 from crp.attributors.explaining import explain, find_method
 from crp.checks import check_number
 from crp.concepts import ChannelConcept, Concept, as_ids, mask_of
+from crp.concepts.base import check_is_concept
 from crp.engine.inputs import Data, Inputs
 from crp.errors import InputError, InputTypeError, OutOfRangeError, StateError
 
@@ -160,5 +161,4 @@ def _check(method: str, target: object, width: object, layers: object) -> None:
     if isinstance(layers, Sequence) and len(set(layers)) < len(layers):
         raise InputError(f"layers {list(layers)} has a layer twice")
     for layer, concept in layers.items() if isinstance(layers, Mapping) else ():
-        if not isinstance(concept, Concept):
-            raise InputTypeError(f"layers[{layer!r}] must be a concept, such as ChannelConcept(); not {concept!r}")
+        check_is_concept(f"layers[{layer!r}]", concept)

@@ -172,8 +172,7 @@ def _for_each(given: Any, inputs: Tensors) -> list[Any]:
 
 
 def _tell_uncovered(counts: list[Tensor]) -> None:
-    missed = sum(int((count == 0).sum()) for count in counts)
-    if missed:
+    if missed := sum(int((count == 0).sum()) for count in counts):
         total = sum(count.numel() for count in counts)
         warn(
             f"no window covers {missed} of {total} features, which get 0; choose window_shape and step so that windows "

@@ -31,6 +31,7 @@ from crp.concepts.ids import as_numbers
 from crp.engine.attached import check_alone, check_composite
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import check_data
+from crp.engine.probabilities import are_shares
 from crp.errors import InputError
 from crp.flags import check_flags
 from crp.layers import unwrap
@@ -243,19 +244,21 @@ class MeaningfulPerturbation:
         select = tensor_in if asked is None else asked.select
         with explaining(self.model, select=select) as run, torch.no_grad():
             output = run(data)
-        known = known_target(asked, output)
+        known, shares = known_target(asked, output), output.dim() > 1 and are_shares(output)
         with explaining(self.model, self.composite, select) as run, torch.enable_grad():
             images = self._pyramid(data, generator)
 
             def rate(image: Tensor) -> Tensor:
-                return score_of(run(image), known, self.score)
+                return score_of(run(image), known, self.score, shares)
 
             with torch.no_grad():
-                limits = torch.stack([score_of(output, known, self.score), rate(images[0])], 1)
+                limits = torch.stack([score_of(output, known, self.score, shares), rate(images[0])], 1)
             if not limits.isfinite().all():
                 wrong = (~limits.isfinite().all(1)).nonzero().flatten().tolist()
                 raise InputError(f"the model's score is NaN or infinite for samples {wrong} or what they fade to")
-            mask = self._start(images, rate, limits).requires_grad_()
+            mask = self._start(images, rate, limits)
+            # (in half precision, the squares of small gradients are 0, by which Adam divides)
+            mask = mask.to(torch.promote_types(mask.dtype, torch.float32)).requires_grad_()
             scores = self._play(mask, images, rate, generator)
             with torch.no_grad():
                 large = self._enlarge(mask, images).clamp(0, 1)
@@ -343,7 +346,7 @@ class MeaningfulPerturbation:
 
     def _enlarge(self, mask: Tensor, images: Tensor, offset: list[int] | None = None) -> Tensor:
         """Mask of the size of the images, moved by ``offset``."""
-        large = blur(F.interpolate(mask, images.shape[3:], mode=self.upsampling), self.mask_blur)
+        large = blur(F.interpolate(mask, images.shape[3:], mode=self.upsampling), self.mask_blur).to(images.dtype)
         if self.upsampling == "bicubic":  # (values overshoot; a clamp would have no gradient at masks of 0 or 1)
             large = large + (large.clamp(0, 1) - large).detach()
         if offset is None or self.jitter == 1:

@@ -68,7 +68,7 @@ def known_target(target: Target | None, output: Tensor) -> Target:
     return Classes(output.detach().argmax(1))
 
 
-def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Tensor:
+def score_of(output: Tensor, target: Target, score: ScoreName = "softmax", shares: bool | None = None) -> Tensor:
     """Score of each row.
 
     Parameters
@@ -79,6 +79,8 @@ def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Te
     score : "softmax", "log_softmax" or "output"
         Probability of the class, its logarithm, or the output itself. Probabilities are taken as they are, and a single
         output gets a sigmoid.
+    shares : bool, optional
+        Whether outputs are probabilities, as those of the data have told; by default, these rows do.
 
     Returns
     -------
@@ -88,7 +90,7 @@ def score_of(output: Tensor, target: Target, score: ScoreName = "softmax") -> Te
     if isinstance(scored, Classes | Mask) and score != "output" and output.dim() > 1:
         if isinstance(target, Selected):
             check_exclusive(score, target.output)
-        output = probabilities(output) if score == "softmax" else log_probabilities(output)
+        output = (probabilities if score == "softmax" else log_probabilities)(output, shares)
     return target.score(output)
 
 

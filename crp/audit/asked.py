@@ -1,14 +1,33 @@
-"""What is asked about samples: which concepts, and which class of each."""
+"""What is asked about samples: which concepts, which class of each, and by what it was found."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from crp.attribution import CondAttribution
+from crp.concepts.base import check_is_concept
 from crp.concepts.ids import as_ids
-from crp.errors import InputError
+from crp.engine.door import check_attribution
+from crp.errors import InputError, InputTypeError
+from crp.notices import kind_of
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
+
+
+def _check_asked(attribution: object, data: object, concept: object) -> None:
+    """Raise a `TypeError` if these are no attribution, no tensor of samples, or no concept."""
+    check_attribution(attribution)
+    check_is_concept("concept", concept)
+    if not isinstance(data, Tensor):
+        raise InputTypeError(f"data must be a tensor of samples, not {kind_of(data)}")
+
+
+def _check_found(found: object, kind: type) -> None:
+    """Raise a `TypeError` if this is no result of a kind, whose function has its name."""
+    if not isinstance(found, kind):
+        raise InputTypeError(f"found must be what {kind.__name__.lower()}(table, ...) gives, not {kind_of(found)}")
 
 
 def _one_for_each(values: Any, n_samples: int, what: str) -> list[int]:

@@ -11,17 +11,14 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import _one_for_each, predicted_by
-from crp.audit.prototypes import Prototypes, padded
+from crp.audit.asked import _check_asked, _check_found, _one_for_each, predicted_by
+from crp.audit.prototypes import Prototypes, _padded
 from crp.checks import check_number
 from crp.concepts import Concept, as_ids
-from crp.concepts.base import check_masks
 from crp.concepts.reading import LayerValues, relevance_sums
-from crp.engine.door import check_attribution
 from crp.engine.inputs import check_data
 from crp.errors import InputError, NameNotFoundError
 from crp.flags import check_function
-from crp.kinds import check_kind
 from crp.visualization.analysis import RowSelection
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -126,11 +123,9 @@ def audit(
     KeyError
         If there are no prototypes of a class.
     """
-    check_attribution(attribution)
+    _check_asked(attribution, data, concept)
     check_data(data)
-    check_masks("concept", concept)
-    check_number("k", k, 0, whole=True)
-    uses = _uses(found, concept.describe, k, table)
+    uses = _uses(found, getattr(concept, "describe", None), k, table)
     name = attribution.MODEL_OUTPUT_NAME
     targets = predicted_by(attribution, Asked.of(data, None)) if targets is None else targets
     classes = _one_for_each(targets, len(data), "targets")
@@ -173,9 +168,7 @@ def audit_table(
     KeyError
         If a sample has no row of a class with prototypes.
     """
-    check_number("k", k, 0, whole=True)
-    check_function("describe", describe, "the numbers of concepts")
-    uses = _uses(found, describe or "concept {}".format, k, table)
+    uses = _uses(found, describe, k, table)
     table = Table.open(table)
     samples = None if samples is None else as_ids(samples, what="samples")
     audited: list[tuple[float, AuditedSample]] = []
@@ -211,42 +204,36 @@ def save_audit(table: Table | str | Path, found: Prototypes, audited: Sequence[A
     Path
         The file.
     """
-    check_kind("found", found, Prototypes, "what prototypes(table, layer) gives")
-    check_kind("audited", audited, Sequence, "what audit_table gives")
-    if any(getattr(one, "sample", None) is None for one in audited):
+    _check_found(found, Prototypes)
+    if not isinstance(audited, Sequence) or any(getattr(one, "sample", None) is None for one in audited):
         raise InputError("audited samples have no number in the table; audit_table gives those that have")
-    columns = {
-        "sample": np.array([one.sample for one in audited], np.int64),
-        "target": np.array([one.predicted for one in audited], np.int64),
-        "percentile": np.array([one.percentile for one in audited], np.float64),
-        "prototype": np.array([one.prototype for one in audited], np.int64),
-        "nearest": np.array([one.nearest for one in audited], np.int64),
-    }
+    numbers = [(one.sample, one.predicted, one.prototype, one.nearest) for one in audited]
+    table_of_numbers = np.array(numbers, np.int64).reshape(len(audited), 4)
+    columns = dict(zip(("sample", "target", "prototype", "nearest"), table_of_numbers.T, strict=True))
+    columns["percentile"] = np.array([one.percentile for one in audited], np.float64)
     for name in ("over", "under"):
-        columns[name] = padded([[use.concept for use in getattr(one, name)] for one in audited], -1)
-        columns[f"{name}_difference"] = padded([[use.difference for use in getattr(one, name)] for one in audited], 0.0)
+        uses = [getattr(one, name) for one in audited]
+        columns[name] = _padded([[use.concept for use in of_one] for of_one in uses], -1)
+        columns[f"{name}_difference"] = _padded([[use.difference for use in of_one] for of_one in uses], 0.0)
     return keep_result(table, "audit", found.layer, columns, {"normed": found.normed})
 
 
 def _uses(
-    found: Prototypes, describe: Callable[[int], str], k: int, table: Table | str | Path | None
+    found: Prototypes, describe: Callable[[int], str] | None, k: int, table: Table | str | Path | None
 ) -> Callable[[np.ndarray], tuple[list[Use], list[Use]]]:
     """What tells the concepts that are used more and less, from the difference to a prototype."""
-    check_kind("found", found, Prototypes, "what prototypes(table, layer) gives")
+    check_number("k", k, 0, whole=True)
+    _check_found(found, Prototypes)
+    check_function("describe", describe, "a concept's number")
     references = None if table is None else top_k(table, found.layer, k=_REFERENCES, cache=True).sample
 
+    def use(i: int, difference: float) -> Use:
+        shown = [] if references is None else references[:, i].tolist()
+        return Use(i, f"concept {i}" if describe is None else describe(i), difference, shown)
+
     def uses(difference: np.ndarray) -> tuple[list[Use], list[Use]]:
-        order = np.argsort(-difference, kind="stable").tolist()
-        over = [i for i in order[:k] if difference[i] > 0]
-        under = [i for i in order[::-1][:k] if difference[i] < 0]
-        shown = [
-            [
-                Use(i, describe(i), float(difference[i]), [] if references is None else references[:, i].tolist())
-                for i in ids
-            ]
-            for ids in (over, under)
-        ]
-        return shown[0], shown[1]
+        ranked = [(i, float(difference[i])) for i in np.argsort(-difference, kind="stable").tolist()]
+        return [use(*one) for one in ranked[:k] if one[1] > 0], [use(*one) for one in ranked[::-1][:k] if one[1] < 0]
 
     return uses
 
@@ -259,12 +246,9 @@ def _compared(
     samples: Sequence[int | None] = (None,),
 ) -> list[AuditedSample]:
     """Audit of some vectors of one class."""
-    prototypes, percentiles = found.assign(vectors, of_class), found.percentile(vectors, of_class)
-    audited = []
-    for row, difference in enumerate(found.deviation(vectors, of_class)):
-        prototype = int(prototypes[row])
-        nearest = int(found.classes[of_class].sample[prototype])
-        audited.append(
-            AuditedSample(of_class, float(percentiles[row]), prototype, nearest, *uses(difference), samples[row])
-        )
-    return audited
+    likely, percentiles = found.assign(vectors, of_class).tolist(), found.percentile(vectors, of_class).tolist()
+    nearest, used = found.classes[of_class].sample.tolist(), map(uses, found.deviation(vectors, of_class))
+    return [
+        AuditedSample(of_class, percentile, prototype, nearest[prototype], over, under, sample)
+        for percentile, prototype, (over, under), sample in zip(percentiles, likely, used, samples, strict=True)
+    ]

@@ -17,23 +17,22 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from crp.audit.asked import _check_found
 from crp.audit.heatmaps import kept_heatmaps
-from crp.audit.prototypes import padded
+from crp.audit.prototypes import _padded
 from crp.checks import check_choice, check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
 from crp.flags import check_flags
-from crp.kinds import as_path, check_kind
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
+from crp.wording import shortened
 
 #: Samples are in several clusters only where an eigenvalue is so many times that before it: a continuum has gaps, too.
 _MIN_GAP = 4.0
-#: What is clustered.
-_OF = Literal["relevance", "activation", "heatmap"]
-#: What functions of clusters are given.
-_GIVEN = "what clusters(table, layer, of_class) gives"
+#: Eigenvalues below are 0 but for rounding: there are as many as the graph has parts.
+_ZERO = 1e-10
 
 
 class Clusters(NamedTuple):
@@ -48,7 +47,7 @@ class Clusters(NamedTuple):
     eigenvalues : ndarray of shape (n,)
         Smallest eigenvalues of the Laplacian, ascending.
     embedding : ndarray of shape (samples, n)
-        Their eigenvectors.
+        Their eigenvectors; of several clusters, with rows of unit length.
     separation : float
         Mean silhouette coefficient in the embedding, from -1 to 1: how well clusters are separated; 0 for one cluster.
     vectors : ndarray of shape (samples, features)
@@ -74,10 +73,13 @@ class Clusters(NamedTuple):
         return [int(number) for number in np.bincount(self.label)]
 
     def members(self, cluster: int) -> np.ndarray:
-        """Samples of a cluster, those nearest to its mean first."""
+        """Samples of a cluster, those nearest to its mean first: in the embedding; at one place there, by vectors."""
         inside = np.flatnonzero(self._is_in(cluster))
-        distance = np.linalg.norm(self.embedding[inside] - self.embedding[inside].mean(0), axis=1)
-        return np.asarray(self.sample[inside[np.argsort(distance, kind="stable")]])
+        apart, in_embedding = (
+            np.linalg.norm(rows[inside] - rows[inside].mean(0), axis=1) for rows in (self.vectors, self.embedding)
+        )
+        order = np.lexsort((apart, in_embedding.round(9))) if len(self.sizes) > 1 else apart.argsort(kind="stable")
+        return np.asarray(self.sample[inside[order]])
 
     def strongest(self, cluster: int, k: int = 5) -> list[tuple[int, float]]:
         """Features, such as concepts, by which a cluster exceeds the other samples most: with the difference of means.
@@ -139,32 +141,14 @@ def clusters(
     Raises
     ------
     ValueError
-        If there are not more samples than neighbours, or values are not finite.
+        If there are not more samples than neighbours, or neighbours join them in more parts than there are to be
+        clusters, or values are not finite.
     """
     check_flags(normed=normed)
     for name, number in (("n", 1 if n is None else n), ("n_neighbours", n_neighbours), ("largest", largest)):
         check_number(name, number, 1, whole=True)
     seed = check_number("seed", seed, 0, whole=True)
-    check_choice("what", what, _OF)
-    array = None
-    source = Table.open(source) if isinstance(source, str | Path) else source
-    if isinstance(source, Table) and what == "heatmap":
-        if of_class is None:
-            raise InputError("clusters of a table's heatmaps need of_class=")
-        samples, array = kept_heatmaps(source, of_class)
-    elif isinstance(source, Table):
-        if layer is None or of_class is None:
-            raise InputError("clusters of a table need layer= and of_class=")
-        vectors, samples = RowSelection(layer, what, normed=normed, of_class=of_class).read(source)
-    else:
-        array = as_numbers("explanations", source)
-        if not array.ndim:
-            raise InputError("explanations must be of shape (samples, ...), not one number")
-        samples = np.arange(len(array))
-    if array is not None:
-        vectors = array.reshape(len(array), math.prod(array.shape[1:]))
-        if normed:
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
+    vectors, samples = _vectors(source, layer, of_class, what, normed)
     if len(vectors) <= n_neighbours:
         raise InputError(
             f"{len(vectors)} samples have not {n_neighbours} neighbours each; give a smaller n_neighbours "
@@ -172,7 +156,14 @@ def clusters(
         )
     if n is not None and n >= len(vectors):
         raise InputError(f"{len(vectors)} samples cannot be in {n} clusters; give a smaller n")
-    values, basis = _spectrum(vectors, n_neighbours, max(largest, n or 1) + 1)
+    values, basis = _spectrum(vectors, n_neighbours)
+    if (n_parts := int((values < _ZERO).sum())) > (n or largest) > 1:
+        raise InputError(
+            f"the explanations fall into {n_parts} parts, which no neighbours join; which of them {n or largest} "
+            "clusters hold would be by chance. Give more n_neighbours (--neighbours), or the number n (--n)"
+        )
+    most = max(largest, n or 1) + 1
+    values, basis = values[:most], basis[:, :most]
     if n is None:
         gaps = np.where(values[:-1] < values[1:] / _MIN_GAP, np.diff(values), 0.0)
         n = 1 + int(gaps.argmax())
@@ -203,8 +194,8 @@ def save_clusters(
     Path
         The file.
     """
-    check_kind("found", found, Clusters, _GIVEN)
-    check_choice("what", what, _OF)
+    _check_found(found, Clusters)
+    check_choice("what", what, Literal["relevance", "activation", "heatmap"])
     named = with_concepts(table, found, layer, of_class) if what == "heatmap" else found
     each = range(len(found.sizes))
     strongest = [named.strongest(i, k) for i in each]
@@ -213,9 +204,9 @@ def save_clusters(
         "label": found.label,
         "eigenvalues": found.eigenvalues,
         "embedding": found.embedding,
-        "members": padded([found.members(i)[:k].tolist() for i in each], -1),
-        "strongest": padded([[concept for concept, _ in concepts] for concepts in strongest], -1),
-        "difference": padded([[difference for _, difference in concepts] for concepts in strongest], 0.0),
+        "members": _padded([found.members(i)[:k].tolist() for i in each], -1),
+        "strongest": _padded([[concept for concept, _ in concepts] for concepts in strongest], -1),
+        "difference": _padded([[difference for _, difference in concepts] for concepts in strongest], 0.0),
     }
     settings = {"what": what, "separation": found.separation, "seed": found.seed}
     return keep_result(table, "clusters", layer, arrays, settings, of_class)
@@ -223,13 +214,12 @@ def save_clusters(
 
 def with_concepts(table: Table | str | Path, found: Clusters, layer: str, of_class: int) -> Clusters:
     """The same clusters of a table's samples with the shares of a layer's concepts as vectors, for `strongest`."""
-    check_kind("found", found, Clusters, _GIVEN)
+    _check_found(found, Clusters)
     vectors, samples = RowSelection(layer, of_class=of_class, samples=found.sample.tolist()).read(table)
-    order = np.argsort(samples, kind="stable")
-    place = order[np.searchsorted(samples[order], found.sample)]
-    if not np.array_equal(samples[place], found.sample):
+    rows = {sample: row for row, sample in enumerate(samples.tolist())}
+    if not rows.keys() >= set(found.sample.tolist()):
         raise InputError(f"the clusters have samples without rows of class {of_class} in {table!r}")
-    return found._replace(vectors=vectors[place])
+    return found._replace(vectors=vectors[[rows[sample] for sample in found.sample.tolist()]])
 
 
 def export_corelay(
@@ -264,16 +254,20 @@ def export_corelay(
     Raises
     ------
     ValueError
-        If heatmaps, predictions and labels are not given together, or are not of the clusters' samples; or a file is
-        there already. Nothing is written then.
+        If heatmaps, predictions and labels are not given together, or are not of the clusters' samples; labels are no
+        classes; or a file is there already. Nothing is written then.
     """
     import h5py
 
-    path = as_path("path", path)
-    check_kind("found", found, Clusters, _GIVEN)
+    _check_found(found, Clusters)
+    path = Path(path)
     beside = path.with_name(f"{path.stem}.attribution{path.suffix}")
     given = {"attribution": heatmaps, "prediction": predictions, "label": labels}
-    arrays = {key: _array(value) for key, value in given.items() if value is not None}
+    arrays = {
+        key: _as_labels(value) if key == "label" else np.float32(np.atleast_1d(as_numbers(f"{key}s", value)))
+        for key, value in given.items()
+        if value is not None
+    }
     if arrays and (missing := sorted(set(given) - set(arrays))):
         raise InputError(f"heatmaps, predictions and labels are given together; {' and '.join(missing)} are missing")
     n_samples = len(found.sample)
@@ -284,40 +278,65 @@ def export_corelay(
     with h5py.File(path, "x") as file:
         group = file.create_group(name)
         group["index"] = found.sample.astype(np.uint32)
-        embedding = group.create_group("embedding")
-        embedding["spectral"] = found.embedding.astype(np.float32)
-        embedding["spectral"].attrs["eigenvalue"] = found.eigenvalues[: found.embedding.shape[1]].astype(np.float32)
-        clustering = group.create_group("cluster")
-        clustering["spectral"] = found.label.astype(np.uint32)
-        clustering["spectral"].attrs["embedding"] = "spectral"
-        clustering["spectral"].attrs["k"] = len(found.sizes)
-        clustering["spectral"].attrs["index"] = np.arange(found.embedding.shape[1], dtype=np.uint32)
+        n = found.embedding.shape[1]
+        embedding = group.create_dataset("embedding/spectral", data=found.embedding.astype(np.float32))
+        embedding.attrs["eigenvalue"] = found.eigenvalues[:n].astype(np.float32)
+        clustering = group.create_dataset("cluster/spectral", data=found.label.astype(np.uint32))
+        clustering.attrs.update(embedding="spectral", k=len(found.sizes), index=np.arange(n, dtype=np.uint32))
     if arrays:
-        maps = arrays["attribution"].astype(np.float32)
+        maps = arrays["attribution"]
         with h5py.File(beside, "x") as file:
             file["index"] = found.sample.astype(np.uint32)
             maps = maps[:, None] if maps.ndim == 3 else maps
             # (ViRelAy adds channels up, and draws one alone by some of its colour maps only)
             file["attribution"] = np.repeat(maps / 3, 3, axis=1) if maps.shape[1] == 1 else maps
-            file["prediction"] = arrays["prediction"].astype(np.float32)
-            kept = arrays["label"]
-            file["label"] = kept if kept.dtype == bool else kept.astype(np.uint16)
+            file["prediction"], file["label"] = arrays["prediction"], arrays["label"]
 
 
-def _array(values: Any) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+def _vectors(
+    source: Any, layer: str | None, of_class: int | None, what: str, normed: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is clustered, (samples, features), and the samples' numbers."""
+    if not isinstance(source, Table | str | Path):
+        array = np.atleast_1d(as_numbers("explanations", source))
+        samples = np.arange(len(array))
+    elif of_class is None or (layer is None and what != "heatmap"):
+        raise InputError("clusters of a table need layer= and of_class=; those of its heatmaps of_class= alone")
+    elif what == "heatmap":
+        samples, array = kept_heatmaps(source, of_class)
+    else:
+        return RowSelection(layer or "", what, normed=normed, of_class=of_class).read(source)
+    vectors = array.reshape(len(array), math.prod(array.shape[1:]))
+    return _directions_of(vectors) if normed else vectors, samples
 
 
-def _spectrum(vectors: np.ndarray, n_neighbours: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest eigenvalues of the neighbours' graph, and their eigenvectors."""
+def _directions_of(rows: np.ndarray) -> np.ndarray:
+    """Rows of unit length; zeros stay zeros."""
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300))
+
+
+def _as_labels(values: Any) -> np.ndarray:
+    """Classes in the numbers that ViRelAy reads, or booleans, as they are."""
+    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    if array.dtype == bool and array.ndim == 2:
+        return array
+    classes = as_numbers("labels", array)
+    if classes.ndim != 1 or not np.isin(classes, np.arange(2**16)).all():
+        raise InputError(
+            f"labels must be classes from 0 to {2**16 - 1}, one for each sample, or boolean of shape (samples, "
+            f"classes), not {shortened(values)}"
+        )
+    return classes.astype(np.uint16)
+
+
+def _spectrum(vectors: np.ndarray, n_neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues of the neighbours' graph, ascending, and their eigenvectors."""
     from sklearn.neighbors import kneighbors_graph
 
     joined = kneighbors_graph(vectors, n_neighbours, mode="connectivity").toarray()
     joined = np.maximum(joined, joined.T)
     root = 1 / np.sqrt(joined.sum(1))
-    values, basis = np.linalg.eigh(np.eye(len(vectors)) - root[:, None] * joined * root)
-    n = min(n, len(vectors))
-    return values[:n], basis[:, :n]
+    return np.linalg.eigh(np.eye(len(vectors)) - root[:, None] * joined * root)
 
 
 def _assign(basis: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -326,10 +345,9 @@ def _assign(basis: np.ndarray, n: int, seed: int) -> tuple[np.ndarray, np.ndarra
     from sklearn.metrics import silhouette_score
 
     embedding = basis[:, :n]
-    # (each row of unit length: samples of one part of the graph are then one point)
-    rows = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-300)
     if n == 1:
         return np.zeros(len(basis), np.int64), embedding, 0.0
+    rows = _directions_of(embedding)  # (samples of one part of the graph are then one point)
     found = KMeans(n, n_init=10, random_state=seed).fit_predict(rows)
     rank = np.argsort(np.argsort(-np.bincount(found, minlength=n), kind="stable"), kind="stable")
     return rank[found].astype(np.int64), rows, float(silhouette_score(rows, found))

@@ -101,24 +101,22 @@ def collect(
     dataset = indexed(dataset)
     rng = np.random.default_rng(seed)
     classes = _classes(dataset, labels)
-    first = _vectors(attribution, dataset, composite, layer, [0], classes, preprocess, axis)
-    drawn_of_each = min(per_sample, first[0].shape[1])
-    samples = _stratified(classes, -(-n // drawn_of_each), rng)
-    parts = []
-    for begin in range(0, len(samples), batch_size):
-        chosen = samples[begin : begin + batch_size]
-        activations, multipliers = _vectors(attribution, dataset, composite, layer, chosen, classes, preprocess, axis)
-        places = np.stack([rng.permutation(activations.shape[1])[:drawn_of_each] for _ in chosen])
-        index = torch.from_numpy(places)[..., None].expand(-1, -1, activations.shape[2]).to(activations.device)
-        parts.append((activations.gather(1, index).flatten(0, 1), multipliers.gather(1, index).flatten(0, 1), places))
-    sample = np.repeat(np.array(samples, np.int64), drawn_of_each)
-    return Collected(
-        torch.cat([part[0] for part in parts])[:n],
-        torch.cat([part[1] for part in parts])[:n],
-        sample[:n],
-        classes[sample][:n],
-        np.concatenate([part[2].reshape(-1) for part in parts])[:n].astype(np.int64),
-    )
+    left, n_found, drawn, parts = _in_turns(classes, rng), 0, per_sample, list[Any]()
+    while left and n_found < n:
+        size = min(batch_size, -(-(n - n_found) // drawn))
+        chosen, left = left[:size], left[size:]
+        each = _vectors(attribution, dataset, composite, layer, chosen, classes, preprocess, axis)
+        n_places = each[0].shape[1]
+        drawn = min(per_sample, n_places)
+        places = np.stack([rng.permutation(n_places)[:drawn] for _ in chosen])
+        index = torch.from_numpy(places)[..., None].expand(-1, -1, each[0].shape[2]).to(each[0].device)
+        taken = [values.gather(1, index).flatten(0, 1) for values in each]
+        parts.append((*taken, np.repeat(chosen, drawn), places.reshape(-1)))
+        n_found += places.size
+    activations, multipliers, samples, positions = zip(*parts, strict=True)
+    sample = np.concatenate(samples)[:n]
+    position = np.concatenate(positions)[:n]
+    return Collected(torch.cat(activations)[:n], torch.cat(multipliers)[:n], sample, classes[sample], position)
 
 
 def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
@@ -132,14 +130,14 @@ def _classes(dataset: Any, labels: Sequence[int] | None) -> np.ndarray:
     try:
         classes = np.array(_one_for_each(labels, len(dataset), "labels"), np.int64)
     except (TypeError, OverflowError):
-        raise InputTypeError(f"labels must be one class for each sample; not {shortened(labels)}") from None
+        raise InputTypeError(f"labels must be one class for each sample; they are {shortened(labels)}") from None
     if not len(classes) or classes.min() < 0:
         found = f"sample {classes.argmin()} has {classes.min()}" if len(classes) else "there is no sample"
         raise InputError(f"labels must be classes, which count from 0; {found}")
     return classes
 
 
-def _stratified(classes: np.ndarray, n: int, rng: np.random.Generator) -> list[int]:
+def _in_turns(classes: np.ndarray, rng: np.random.Generator) -> list[int]:
     """Samples in a random order in which all classes take turns, as long as they have samples."""
     turn = defaultdict[int, int](int)
     keyed = []
@@ -147,7 +145,7 @@ def _stratified(classes: np.ndarray, n: int, rng: np.random.Generator) -> list[i
         label = int(classes[sample])
         keyed.append((turn[label], sample))
         turn[label] += 1
-    return [sample for _, sample in sorted(keyed, key=lambda pair: pair[0])][:n]
+    return [sample for _, sample in sorted(keyed, key=lambda pair: pair[0])]
 
 
 def _vectors(

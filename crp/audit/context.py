@@ -12,12 +12,11 @@ from torch import Tensor
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import _named_concepts
+from crp.audit.asked import _check_asked, _named_concepts
 from crp.audit.in_texts import context_in_texts
-from crp.audit.tested import read_samples
+from crp.audit.tested import _read_samples
 from crp.checks import check_number
 from crp.concepts import Concept, mask_of
-from crp.engine.door import check_attribution
 from crp.engine.taps import check_layers
 from crp.errors import InputError
 from crp.kinds import check_kind
@@ -65,13 +64,12 @@ def context_scores(
     Tensor of shape (samples, concepts)
         NaN where a concept has no positive relevance in a sample.
     """
+    _check_asked(attribution, data, concept)
     check_number("batch_size", batch_size, 1, whole=True)
-    check_attribution(attribution)
     check_layers(attribution.model, [layer], "layer")
     ids = _named_concepts(concept_ids, layer)
     check_kind("inside", inside, Tensor, "a boolean tensor, of the heatmaps' shape")
     check_form(inside, "inside")
-    check_kind("data", data, Tensor, "a tensor")
     check_kind("targets", targets, (Sequence, Tensor, np.ndarray), "one for each sample")
     if len(targets) != len(data) or len(inside) != len(data):
         raise InputError(f"{len(targets)} targets and {len(inside)} masks are given for {len(data)} samples")
@@ -161,7 +159,7 @@ def contexts(
     -------
     Contexts
     """
-    numbers, ids, data, classes = read_samples(fv, layer, samples, concept_ids, targets, "contexts")
+    numbers, ids, data, classes = _read_samples(fv, layer, samples, concept_ids, targets, "contexts")
     if isinstance(data, list):
         check_number("batch_size", batch_size, 1, whole=True)
         masks = list(inside) if isinstance(inside, Sequence | Tensor) else [inside]

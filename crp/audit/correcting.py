@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from zennit.core import Composite
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import _named_concepts, _one_for_each
+from crp.audit.asked import _check_asked, _named_concepts, _one_for_each
 from crp.checks import check_number
 from crp.concepts import Concept
 from crp.concepts.ids import as_direction, as_numbers, check_axis, in_range
 from crp.concepts.reading import LayerValues, relevance_sums
-from crp.engine.door import check_attribution
 from crp.errors import InputError, InputTypeError, StateError
-from crp.kinds import check_kind
+from crp.flags import check_function
 from crp.layers import ByChainRule, Followed, find_layers, put_behind
 from crp.layers.interrupts import atomic
 from crp.notices import kind_of
@@ -69,9 +68,11 @@ def project(
     >>> with project(net, "1", torch.eye(4)[2], at=net[:2](x)[:, 2].mean()):
     ...     changed = net(x)
     """
-    vector = _direction(direction, axis)
+    vector = torch.from_numpy(as_direction(direction))
+    check_axis(axis)
     constant = at.item() if isinstance(at, Tensor) and at.numel() == 1 else at
     check_number("at", constant)
+    check_function("when", when, "the layer's output")
     correction = _Projection(vector / vector.norm(), float(constant), when, axis)
     with put_behind(model, layer, partial(_After, correction=correction)):
         yield
@@ -143,7 +144,8 @@ def penalty(model: nn.Module, layer: str, direction: Any, *, axis: int = 1) -> I
     ...     output = net(torch.ones(5, 3))
     ...     term(output[:, 1]).backward()
     """
-    vector = _direction(direction, axis)
+    vector = torch.from_numpy(as_direction(direction))
+    check_axis(axis)
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -229,8 +231,7 @@ def effect(
     UserWarning
         If a correction changes neither predictions nor relevance, as one on another model.
     """
-    check_attribution(attribution)
-    check_kind("data", data, Tensor, "a tensor")
+    _check_asked(attribution, data, concept)
     classes, ids = _one_for_each(labels, len(data), "labels"), _named_concepts(concept_ids, layer)
     predictions = []
 
@@ -261,13 +262,6 @@ def effect(
     if before == after and torch.equal(*predictions):
         warnings.warn("the correction changes nothing here: is it on another model?", stacklevel=2)
     return Effect(*zip(before, after, strict=True))
-
-
-def _direction(direction: Any, axis: int) -> Tensor:
-    """A vector other than 0, in float64."""
-    vector = torch.from_numpy(as_direction(direction))
-    check_axis(axis)
-    return vector
 
 
 def _check_channels(output: Any, n: int, axis: int, given: str) -> None:

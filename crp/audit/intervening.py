@@ -13,21 +13,19 @@ import torch
 from torch import Tensor
 
 from crp.attribution import CondAttribution
-from crp.audit.asked import _named_concepts, _one_for_each
+from crp.audit.asked import _check_asked, _named_concepts, _one_for_each
 from crp.checks import check_number
 from crp.concepts import Concept
-from crp.concepts.base import check_masks
+from crp.concepts.base import check_is_concept
 from crp.engine.attached import put_on
-from crp.engine.door import check_attribution
 from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import changed_at, check_changed_once
 from crp.errors import InputError, OutOfRangeError
-from crp.kinds import check_kind
 from crp.visualization.without import kept_part
 
 
-def part_of(concept: Concept, activation: Tensor, concept_ids: Any) -> Tensor:
+def part_of(concept: Concept, activation: Tensor, concept_ids: Any, layer_name: str | None = None) -> Tensor:
     """Part of an activation that belongs to some concepts: channels themselves, or ``(e·a) d`` of a direction.
 
     It is what the mask of relevance does, the other way round: for every multiplier, the product with it is what the
@@ -38,14 +36,15 @@ def part_of(concept: Concept, activation: Tensor, concept_ids: Any) -> Tensor:
     concept : Concept
     activation : Tensor of shape (rows, *layer shape)
     concept_ids : int, or sequence of int
+    layer_name : str, optional
+        Told to the concept's mask.
 
     Returns
     -------
     Tensor of shape (rows, *layer shape)
     """
-    check_kind("activation", activation, Tensor, "a tensor")
-    check_masks("concept", concept)
-    return kept_part([concept.mask(row, concept_ids) for row in range(len(activation))], activation)
+    check_is_concept("concept", concept)
+    return kept_part([concept.mask(row, concept_ids, layer_name) for row in range(len(activation))], activation)
 
 
 def intervene(
@@ -83,7 +82,7 @@ def intervene(
     Tensor of shape (samples, concepts)
         Output after the change, less the output before.
     """
-    check_attribution(attribution)
+    _check_asked(attribution, data, concept)
     check_data(data)
     ids, classes = _named_concepts(concept_ids, layer), _one_for_each(targets, len(data), "targets")
     check_number("scale", scale)
@@ -109,9 +108,8 @@ def intervene(
         return output
 
     def change(concept_id: int, output: Tensor) -> Tensor:
-        part = part_of(concept, output, [concept_id])
-        new = part_of(concept, others[0], [concept_id]) if others else part
-        return output - part + scale * new
+        part, *of_others = (part_of(concept, values, [concept_id], layer) for values in (output, *others))
+        return output - part + scale * (of_others[0] if others else part)
 
     def with_layer(changing: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
         with changed_at(attribution.model, layer, changing) as calls:

@@ -51,8 +51,7 @@ class Meanings(NamedTuple):
 
     def save(self, table: Table | str | Path) -> Path:
         """Keep them beside a table, where ``crp report`` finds them until the table changes."""
-        names = ("concept", "clarity", "redundancy", "polysemanticity", "similarity")
-        arrays = {name: getattr(self, name) for name in names}
+        arrays = {name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
         return keep_result(table, "meanings", self.layer, arrays, {"texts": self.texts})
 
 

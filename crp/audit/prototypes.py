@@ -81,7 +81,7 @@ class Prototypes:
 
     def score(self, vectors: Any, of_class: int) -> np.ndarray:
         """Log density of vectors of shape (samples, concepts), as predictions of a class: (samples,)."""
-        return _log_density(_joint(self._mixture(of_class), self._vectors(vectors, of_class)))
+        return _log_density(self._joint(vectors, of_class)[0])
 
     def percentile(self, vectors: Any, of_class: int) -> np.ndarray:
         """Share, in percent, of the samples behind the prototypes that are no more likely than each vector."""
@@ -91,12 +91,12 @@ class Prototypes:
 
     def assign(self, vectors: Any, of_class: int) -> np.ndarray:
         """Most likely prototype of each vector: (samples,), int64."""
-        return np.asarray(_joint(self._mixture(of_class), self._vectors(vectors, of_class)).argmax(1))
+        return np.asarray(self._joint(vectors, of_class)[0].argmax(1))
 
     def deviation(self, vectors: Any, of_class: int) -> np.ndarray:
         """Difference from the most likely prototype: (samples, concepts); positive where a concept is used more."""
-        means = self._mixture(of_class).means
-        return np.asarray(self._vectors(vectors, of_class) - means[self.assign(vectors, of_class)])
+        joint, array = self._joint(vectors, of_class)
+        return np.asarray(array - self._mixture(of_class).means[joint.argmax(1)])
 
     def save(self, place: str | Path | Table) -> Path:
         """Write them into a ``.safetensors`` file, or beside the table from which they were made.
@@ -164,7 +164,7 @@ class Prototypes:
             inside = np.flatnonzero(belongs == i)
             order = np.argsort(np.linalg.norm(vectors[inside] - mean, axis=1), kind="stable")[:_MEMBERS]
             members.append(samples[inside[order]].tolist())
-        return padded(members, -1)
+        return _padded(members, -1)
 
     def _mixture(self, of_class: int) -> _Mixture:
         (number,) = as_ids([of_class], what="a class")
@@ -172,12 +172,13 @@ class Prototypes:
             raise NameNotFoundError(f"there are no prototypes of class {number}; there are of {sorted(self.classes)}")
         return self.classes[number]
 
-    def _vectors(self, vectors: Any, of_class: int) -> np.ndarray:
-        array = as_numbers("vectors", vectors)
-        n_concepts = int(self._mixture(of_class).means.shape[1])
+    def _joint(self, vectors: Any, of_class: int) -> tuple[np.ndarray, np.ndarray]:
+        """Log density of each vector and prototype together, and the vectors."""
+        array, mixture = as_numbers("vectors", vectors), self._mixture(of_class)
+        n_concepts = mixture.means.shape[1]
         if array.ndim != 2 or array.shape[1] != n_concepts:
             raise InputError(f"vectors are of shape {array.shape}; layer {self.layer!r} has {n_concepts} concepts")
-        return array
+        return _joint(*mixture[:3], array), array
 
 
 def prototypes(
@@ -236,7 +237,7 @@ def prototypes(
     return Prototypes(layer, normed, found, seed)
 
 
-def padded(rows: Sequence[Sequence[float]], none: float) -> np.ndarray:
+def _padded(rows: Sequence[Sequence[float]], none: float) -> np.ndarray:
     """Rows of different lengths as one array, filled up by a number that stands for none."""
     width = max(map(len, rows), default=0)
     filled = [[*row, *[none] * (width - len(row))] for row in rows]
@@ -258,38 +259,32 @@ def _fit(
         raise InputError(f"{what} has {len(vectors)} samples, too few for {min(numbers)} prototypes; give a smaller n")
     numbers = [number for number in numbers if number <= len(vectors)]
     variance = vectors.var(0).mean()
-    if len(vectors) < 2 or variance == 0:
+    # (less than float32, in which they were mined, can tell from none)
+    if len(vectors) < 2 or variance <= (1e-7 * np.abs(vectors).max()) ** 2:
         raise InputError(
             f"{what} has {len(vectors)} samples of mean variance {variance:.3g}, which are too few, or too alike, for "
             "prototypes"
         )
+    how = {"covariance_type": covariance, "reg_covar": share * variance, "random_state": seed}
     try:
-        models = [
-            GaussianMixture(number, covariance_type=covariance, reg_covar=share * variance, random_state=seed).fit(
-                vectors
-            )
-            for number in numbers
-        ]
+        models = [GaussianMixture(number, **how).fit(vectors) for number in numbers]
     except ValueError as error:  # a prototype of one sample, or of samples that are alike
         raise InputError(
             f"{what} has {len(vectors)} samples, of which no prototypes can be made with regularization={share}; give "
             "a greater one, or a smaller n"
         ) from error
     best = min(models, key=lambda model: model.bic(vectors))
-    mixture = _Mixture(best.weights_, best.means_, best.covariances_, np.zeros(0), np.zeros(0))
-    joint = _joint(mixture, vectors)
-    belongs = joint.argmax(1)[:, None] == np.arange(len(best.weights_))
+    found = best.weights_, best.means_, best.covariances_
+    joint = _joint(*found, vectors)
+    belongs = joint.argmax(1)[:, None] == np.arange(joint.shape[1])
     distances = np.linalg.norm(vectors[:, None] - best.means_, axis=2)
     # (a prototype to which no sample belongs has the nearest one of all)
     distances = np.where(belongs | ~belongs.any(0), distances, np.inf)
-    return mixture._replace(
-        sample=samples[distances.argmin(0)].astype(np.int64), log_density=np.sort(_log_density(joint))
-    )  # fmt: skip
+    return _Mixture(*found, samples[distances.argmin(0)].astype(np.int64), np.sort(_log_density(joint)))
 
 
-def _joint(mixture: _Mixture, vectors: np.ndarray) -> np.ndarray:
+def _joint(weights: np.ndarray, means: np.ndarray, covariances: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """Log density of each vector and prototype together, (samples, prototypes)."""
-    weights, means, covariances = mixture[:3]
     parts = []
     for weight, mean, covariance in zip(weights, means, covariances, strict=True):
         difference = vectors - mean

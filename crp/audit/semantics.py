@@ -69,6 +69,7 @@ def embed_references(
     check_number("n", n, 1, whole=True)
     if not callable(embed):
         raise InputTypeError(f"embed must be a function of samples, such as CLIP's encode_image: {embed!r}")
+    table_of(fv, layer)
     ids = _named_concepts(concept_ids, layer)
     table_of(fv, layer)
     references, found = fv.get_max_reference(ids, layer, mode, (0, n)), []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from zennit.core import Composite
 
@@ -17,6 +18,7 @@ from crp.checks import check_number
 from crp.concepts import as_ids
 from crp.concepts.reading import LayerValues, relevance_sums
 from crp.errors import InputError
+from crp.metrics.sanity import rank_correlations
 from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.table.derived import keep_result
@@ -56,8 +58,7 @@ class Interventions(NamedTuple):
 
     def save(self, table: Table | str | Path) -> Path:
         """Keep them beside a table, where ``crp report`` finds them until the table changes."""
-        names = ("concept", "sample", "target", "relevance", "change")
-        arrays = {name: getattr(self, name) for name in names}
+        arrays = {name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
         settings = {"scale": self.scale, "patched": self.patched, "agreement": self.agreement}
         return keep_result(table, "interventions", self.layer, arrays, settings)
 
@@ -99,7 +100,7 @@ def interventions(
     Interventions
     """
     check_number("scale", scale)
-    numbers, ids, data, classes = read_samples(fv, layer, samples, concept_ids, targets, "interventions")
+    numbers, ids, data, classes = _read_samples(fv, layer, samples, concept_ids, targets, "interventions")
     attribution, concept = fv.attribution, fv.layer_map[layer]
     if isinstance(data, list):
         if patch is not None:
@@ -124,7 +125,7 @@ def interventions(
     )
 
 
-def read_samples(
+def _read_samples(
     fv: FeatureVisualization,
     layer: str,
     samples: Sequence[int],
@@ -153,10 +154,4 @@ def read_samples(
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
     """Spearman's: the correlation of ranks, where equal values share theirs; 0 where one of them never varies."""
-    ranks = []
-    for values in (one, other):
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
-    ranks = [rank - rank.mean() for rank in ranks]
-    length = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
-    return float((ranks[0] * ranks[1]).sum() / length) if length else 0.0
+    return float(rank_correlations(*(torch.from_numpy(values)[None] for values in (one, other))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from threading import get_ident
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ from zennit.core import Hook
 from crp.canonizers import for_model
 from crp.composites.activations import _may_be_activation
 from crp.composites.checkpoints import checkpoints_under_rules, running
-from crp.composites.keywords import _check_canonizers, _Remembered
+from crp.composites.keywords import _check_canonizers, _Remembered, _Setting
 from crp.composites.matching import Matching, SeenOperation
 from crp.composites.operations import Operations
 from crp.composites.places import _hook, _lasting
@@ -94,6 +95,11 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
 
     encoding: ClassVar[Literal["relevance", "multiplier"]] = "multiplier"
     isolates: ClassVar[bool] = True
+    canonizers: Any = _Setting()
+    layer_map: Any = _Setting()
+    first_map: Any = _Setting()
+    at_input: Any = _Setting()
+    name_map: Any = _Setting()
 
     def __init__(
         self,
@@ -107,33 +113,29 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
         _check_canonizers(canonizers)
         _check_map(layer_map, [*first_map, *at_input], name_map)
         self.auto = isinstance(canonizers, str)
-        self.layer_map = [(what, _lifted(rule)) for what, rule in layer_map]
-        self.first_map = [(types, _lifted(rule)) for types, rule in first_map]
-        self.at_input = [(types, _lifted(rule)) for types, rule in at_input]
-        self.name_map = [(tuple(names), _lifted(rule)) for names, rule in name_map]
+        self.layer_map, self.first_map, self.at_input = (
+            tuple((what, _lifted(rule)) for what, rule in pairs) for pairs in (layer_map, first_map, at_input)
+        )
+        self.name_map = tuple((tuple(names), _lifted(rule)) for names, rule in name_map)
         #: Canonizers that are on a model now, each with the instances that it made.
         self.applied: list[tuple[Canonizer, Sequence[Canonizer]]] = []
         self._attachment = Attachment()
         self._operations: Operations | None = None
         self._depth, self._entered, self._explained, self._thread = 0, False, False, 0
         self._structure: Structure | None = None
-        self._ready: tuple[tuple[list[Any], ...], list[MapEntry], dict[Any, Any]] | None = None
-        super().__init__(lambda *_: None, [] if self.auto or canonizers is None else list(canonizers))
+        self._choices: dict[Any, Any] = {}
+        super().__init__(lambda *_: None, () if self.auto or canonizers is None else tuple(canonizers))
 
     def is_method(self, known: Function) -> bool:
         """Whether the ordinary chain rule is what the method says for a function; others are warned of."""
         return True
 
-    @property
+    @cached_property
     def entries(self) -> list[MapEntry]:
         """Entries of the maps in the order in which they are asked, with rules that are ready for a model."""
-        maps = self.name_map, self.first_map, self.at_input, self.layer_map
-        if self._ready is None or self._ready[0] != maps:
-            entries = _entries_of(*maps)
-            rules = [entry.rule and entry.rule.attach(self._attachment) for entry in entries]
-            ready = [replace(entry, rule=rule) for entry, rule in zip(entries, rules, strict=True)]
-            self._ready = tuple([*of_map] for of_map in maps), ready, {}
-        return self._ready[1]
+        entries = _entries_of(self.name_map, self.first_map, self.at_input, self.layer_map)
+        rules = [entry.rule and entry.rule.attach(self._attachment) for entry in entries]
+        return [replace(entry, rule=rule) for entry, rule in zip(entries, rules, strict=True)]
 
     def register(self, module: nn.Module) -> None:
         """Put canonizers and rules on a model; `context` does it for the length of a ``with`` block.
@@ -152,9 +154,7 @@ class Composite(_Remembered, ZennitComposite, Propagation):  # type: ignore[misc
             )
         unwrap(module)  # (refuses what is no model)
         check_free(self, module)
-        entries, modules = self.entries, modules_of(module)
-        assert self._ready is not None
-        choices = self._ready[2]
+        entries, choices, modules = self.entries, self._choices, modules_of(module)
         if ByChainRule in {kind for child in modules.values() for kind in type(child).__mro__}:
             entries, choices = _by_chain_rule_first(entries), {}
         addressed = _addresses(entries, modules)  # (errors come before anything is done)

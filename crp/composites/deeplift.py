@@ -10,19 +10,13 @@ from torch import Tensor, nn
 
 from crp.checks import check_choice, check_number
 from crp.composites.base import Canonizers, Composite, LayerMap
+from crp.composites.keywords import _Setting
 from crp.composites.registry import register
 from crp.composites.selection import Functions, Having, Kind
 from crp.errors import InputError, InputTypeError
 from crp.layers import referencing
 from crp.notices import warn
-from crp.rules.deeplift import (
-    Affine,
-    BatchNorm,
-    Differences,
-    MaxPool,
-    Rescale,
-    RevealCancel,
-)
+from crp.rules.deeplift import Affine, BatchNorm, Differences, MaxPool, Rescale, RevealCancel
 from crp.rules.functions import Function
 from crp.rules.products import (
     NormalizationDifference,
@@ -94,6 +88,8 @@ class DeepLift(Composite):
     """
 
     _attachment: Differences
+    reference: Any = _Setting()
+    variant: Any = _Setting()
 
     def __init__(
         self,
@@ -136,7 +132,7 @@ class DeepLift(Composite):
     def _has_several(self, data: Tensor) -> bool:
         """Whether there are several references of data, in a list or stacked in a tensor."""
         chosen = self.reference
-        return isinstance(chosen, list) or (isinstance(chosen, Tensor) and chosen.dim() == data.dim() + 1)
+        return isinstance(chosen, tuple) or (isinstance(chosen, Tensor) and chosen.dim() == data.dim() + 1)
 
     def _member(self, reference: Reference) -> DeepLift:
         canonizers = "auto" if self.auto else list(self.canonizers)
@@ -233,7 +229,7 @@ class DeepLift(Composite):
 
 
 def _tensor(reference: Reference) -> Any:
-    """Nested lists of numbers as tensors, lists of references as lists, and nothing as zero."""
+    """Nested lists of numbers as tensors, lists of references as tuples, and nothing as zero."""
     if isinstance(reference, int | float | None):
         check_number("the reference", reference or 0.0)
         return float(reference or 0.0)
@@ -248,7 +244,7 @@ def _tensor(reference: Reference) -> Any:
             return torch.tensor(reference, dtype=torch.float64)
         except (TypeError, ValueError):
             pass  # several references of different shapes
-    return [_tensor(entry) for entry in reference]
+    return tuple(map(_tensor, reference))
 
 
 def _is_numeric(value: object) -> bool:

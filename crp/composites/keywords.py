@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from zennit.canonizers import Canonizer
 
-from crp.errors import InputTypeError
+from crp.errors import InputTypeError, StateError
 from crp.wording import shortened
 
 
@@ -44,6 +44,21 @@ class _Remembered:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(type(self), **self.keywords), ()
+
+
+class _Setting:
+    """Attribute of a composite that is set once: tables, pickles and messages tell what it was built with."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __set__(self, composite: Any, value: Any) -> None:
+        if self._name in vars(composite):
+            kind = type(composite).__name__
+            raise StateError(
+                f"{self._name} of this {kind} cannot change, as it is what it was built with; make another one"
+            )
+        vars(composite)[self._name] = value
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:

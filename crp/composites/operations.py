@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode
 
 from crp.composites.activations import _one_activation
 from crp.composites.matching import Matching, SeenOperation
-from crp.composites.places import Places
+from crp.composites.places import Places, innermost_module
 from crp.composites.references import _ReferenceCalls
 from crp.composites.selection import MapEntry
 from crp.errors import StateError, UnseenError
@@ -24,7 +24,7 @@ from crp.rules.base import Attachment
 from crp.rules.deeplift import Differences
 from crp.rules.functions import AFFINE, Function, activation
 from crp.rules.layer import Layer, call_in_words
-from crp.rules.mode import Choice, SeeingMode, innermost_module
+from crp.rules.mode import Choice, SeeingMode
 from crp.rules.notes import FIRST
 from crp.rules.operands import Operands
 from crp.rules.operation import Operation

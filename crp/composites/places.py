@@ -1,11 +1,12 @@
-"""Where in a model its forward pass is: the innermost module, tracked for accounts and reports only."""
+"""Where in a model its forward pass is: the innermost module, tracked for accounts and reports only, or looked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -81,3 +82,14 @@ def _lasting(*contexts: AbstractContextManager[Any]) -> SimpleNamespace:
         for context in contexts:
             stack.enter_context(context)
         return SimpleNamespace(remove=stack.pop_all().close)
+
+
+def innermost_module(names: Mapping[int, str]) -> str:
+    """Name of the innermost module whose forward is running; slow, for messages."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            return names[id(owner)]
+        frame = frame.f_back
+    return ""

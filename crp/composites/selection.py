@@ -23,18 +23,9 @@ from crp.rules.spellings import name_of
 
 Types: TypeAlias = type | tuple[type, ...]
 
-#: Modules that call one affine function and nothing else: that function, and its kind.
-_CALLED: dict[type[nn.Module], tuple[Function, str]] = {
-    nn.Linear: (look_up(F.linear), "dense"),
-    **{
-        getattr(nn, f"Conv{transpose.title()}{n}d"): (
-            look_up(getattr(F, f"conv{'_' if transpose else ''}{transpose}{n}d")),
-            "convolution",
-        )
-        for transpose in ("", "transpose")
-        for n in (1, 2, 3)
-    },
-}
+_AFFINE = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+#: Modules that call one affine function and nothing else, and that function.
+_CALLED = {look_up(function).example: look_up(function) for function in _AFFINE}
 
 
 @dataclass(frozen=True)
@@ -239,7 +230,7 @@ class MapEntry:
 
     def means_module(self, module: type) -> bool:
         """Whether it means what modules of a type of torch call."""
-        return any(plain in module.__mro__ and self.means(*called) for plain, called in _CALLED.items())
+        return any(plain in module.__mro__ and self.means(called, called.kind) for plain, called in _CALLED.items())
 
     @cached_property
     def functions(self) -> list[str]:

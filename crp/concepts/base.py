@@ -16,8 +16,8 @@ from crp.concepts.ids import _masked, as_ids, check_alike, in_range
 from crp.concepts.scores import ConceptScores, by_position, normalize, scores_of
 from crp.errors import InputTypeError
 from crp.flags import check_flags
-from crp.notices import kind_of
 from crp.types import MaskFactory, MaskFn
+from crp.wording import shortened
 
 
 class Concept:
@@ -272,17 +272,16 @@ class _InTurn:
         return grad
 
 
-def check_masks(name: str, concept: object) -> None:
-    """Raise a `TypeError` if this is no concept type, but what makes one, or anything else that masks nothing."""
-    if isinstance(concept, type):
-        raise InputTypeError(f"{name} is a class; it must be an instance: {concept.__name__}()")
-    if not callable(getattr(concept, "mask", None)):
-        raise InputTypeError(f"{name} must be a concept, such as ChannelConcept(); not {kind_of(concept)}")
+def check_is_concept(name: str, concept: object) -> None:
+    """Raise a `TypeError` that begins with a name if this is no concept; the class of one is none."""
+    if isinstance(concept, type) or not callable(getattr(concept, "mask", None)):
+        given = f"the class {concept.__name__}" if isinstance(concept, type) else shortened(concept)
+        raise InputTypeError(f"{name} must be a concept, such as ChannelConcept(), not {given}")
 
 
 def mask_of(concept: Concept, method: Literal["mask", "mask_rf"] = "mask") -> MaskFactory:
     """Mask factory of a concept, with the concept's `needs_multiplier`, which a static method cannot carry."""
-    check_masks("concept", concept)
+    check_is_concept("concept", concept)
     check_choice("method", method, Literal["mask", "mask_rf"])
     make: MaskFactory = getattr(concept, method)
     if not getattr(concept, "needs_multiplier", False):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crp.checks import check_number
+from crp.checks import check_choice, check_number
 from crp.concepts.ids import as_direction, as_numbers
 from crp.concepts.linear import DirectionConcept, SubspaceConcept
 from crp.errors import InputError
@@ -63,9 +64,8 @@ class Directions:
         if self.block == 1:
             return DirectionConcept(self.directions, self.dual, rest, axis=axis)
         n_blocks = len(self.directions) // self.block
-        return SubspaceConcept(
-            np.split(self.directions, n_blocks), np.split(self.dual, n_blocks), rest, axis=axis
-        )  # fmt: skip
+        blocks, duals = (np.split(each, n_blocks) for each in (self.directions, self.dual))
+        return SubspaceConcept(blocks, duals, rest, axis=axis)
 
     def explained(self, activations: Any, multipliers: Any) -> np.ndarray:
         """Share of the relevance of some vectors that each concept has, of shape (concepts,).
@@ -201,8 +201,11 @@ def cav(activations: Any, labels: Any, method: Literal["pattern", "ridge", "svm"
     ValueError
         If labels are not of two kinds, or the examples do not differ.
     """
+    from sklearn.linear_model import RidgeClassifier
     from sklearn.metrics import roc_auc_score
+    from sklearn.svm import LinearSVC
 
+    check_choice("method", method, Literal["pattern", "ridge", "svm"])
     a = _vectors(activations)
     t = as_numbers("labels", labels).reshape(-1)
     if len(t) != len(a) or set(np.unique(t).tolist()) != {0, 1}:
@@ -211,20 +214,12 @@ def cav(activations: Any, labels: Any, method: Literal["pattern", "ridge", "svm"
         )
     centred = a - a.mean(0)
     pattern = centred.T @ (t - t.mean()) / ((t - t.mean()) ** 2).sum()
-    if method == "pattern":
-        vector = pattern
-    elif method == "ridge":
-        from sklearn.linear_model import RidgeClassifier
-
-        vector = RidgeClassifier(class_weight="balanced").fit(a, t).coef_.reshape(-1)
-    elif method == "svm":
-        from sklearn.svm import LinearSVC
-
-        vector = LinearSVC(class_weight="balanced", random_state=0, max_iter=100_000).fit(a, t).coef_.reshape(-1)
-    else:
-        raise InputError(f"method must be 'pattern', 'ridge' or 'svm', not {method!r}")
+    vector = pattern
+    if method != "pattern":
+        make = RidgeClassifier if method == "ridge" else partial(LinearSVC, random_state=0, max_iter=100_000)
+        vector = make(class_weight="balanced").fit(a, t).coef_.reshape(-1)
     norm = np.linalg.norm(vector)
-    if norm == 0 or not np.any(pattern):
+    if norm == 0 or np.linalg.norm(pattern) <= 1e-12 * np.abs(a).max():  # (0 but for rounding)
         raise InputError("the examples of the concept and the others have the same mean; there is no direction")
     unit = vector / norm
     quality = {

@@ -90,7 +90,8 @@ class SubspaceConcept(Concept):
             if not (self.directions[begin:end].any() and self.dual[begin:end].any()):
                 raise InputError(f"{self.noun} {i} is all zeros, or its dual is, which points nowhere; leave it out")
         check_axis(axis)
-        if names is not None and not _are_names(names, len(self.sizes)):
+        are_listed = isinstance(names, Sequence) and not isinstance(names, str) and len(names) == len(self.sizes)
+        if names is not None and not (are_listed and all(isinstance(name, str) for name in names)):
             raise InputError(f"names must be a list of {len(self.sizes)} names, one for each concept, not {names!r}")
         self.rest, self.axis = rest, axis
         self.names = None if names is None else tuple(names)
@@ -291,8 +292,3 @@ def _stacked(blocks: Sequence[Any], what: str) -> tuple[Tensor, tuple[int, ...]]
     if len({matrix.shape[1] for matrix in matrices}) > 1:
         raise InputError(f"{what} have different numbers of channels: {[matrix.shape[1] for matrix in matrices]}")
     return torch.cat(matrices), tuple(map(len, matrices))
-
-
-def _are_names(names: object, n: int) -> bool:
-    is_list = isinstance(names, Sequence) and not isinstance(names, str)
-    return is_list and len(names) == n and all(isinstance(name, str) for name in names)  # type: ignore[arg-type, attr-defined]

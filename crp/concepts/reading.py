@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crp.concepts.axes import AxisConcept
-from crp.concepts.base import Concept, check_masks, mask_of
+from crp.concepts.base import Concept, check_is_concept, mask_of
 from crp.concepts.scores import ConceptScores, by_position, scores_of
 from crp.errors import ConceptError, InputTypeError, NameNotFoundError
 from crp.kinds import check_kind
@@ -74,6 +74,7 @@ def relevance_in(concept: Concept, result: AttributionResults, layer_name: str) 
     TypeError
         If the concepts need multipliers, and the composite propagated relevance itself.
     """
+    check_is_concept("concept", concept)
     return relevance_at(concept, LayerValues.of(result, layer_name), layer_name)
 
 
@@ -213,7 +214,7 @@ def check_concept(concept: Concept, values: LayerValues, layer_name: str) -> Non
 
 def relevance_at(concept: Concept, values: LayerValues, layer_name: str) -> Tensor:
     """Relevance of every concept at every position, (rows, concepts, *positions)."""
-    check_masks("concept", concept)
+    check_is_concept("concept", concept)
     if not concept.needs_multiplier:
         return concept._from_relevance(values.relevance, layer_name)
     if values.counted is None or values.multiplier is None:

@@ -104,7 +104,7 @@ def resized(values: Array, size: tuple[int, int]) -> NDArray[Any]:
     """Map of another (height, width): interpolated where larger, averaged where smaller."""
     if values.shape == size:
         return np.asarray(values, np.float64)
-    data = torch.from_numpy(np.ascontiguousarray(values, np.float64))[None, None]
+    data = torch.from_numpy(np.array(values, np.float64))[None, None]
     found = F.interpolate(data, size, mode="bilinear", antialias=True)
     result: NDArray[Any] = found[0, 0].numpy()
     return result

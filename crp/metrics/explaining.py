@@ -136,6 +136,11 @@ def _as_array(tensor: Tensor) -> Array:
     return array
 
 
+def _as_tensor(values: Any) -> Tensor:
+    """Tensor of an array, also of one that is read backward, as a flipped picture is."""
+    return torch.as_tensor(values.copy() if isinstance(values, np.ndarray) else values).detach()
+
+
 def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
     """Relevance as a tensor beside the data, with all axes of the data.
 
@@ -145,12 +150,13 @@ def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
         If it is of another shape, or not finite.
     """
     try:
-        checked = torch.as_tensor(relevance).detach().to(data.device)
+        checked = _as_tensor(relevance).to(data.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputTypeError(f"relevance must be an array or a tensor of numbers, not {relevance!r:.60}") from error
     if checked.is_complex():
         raise InputTypeError(f"relevance must be real numbers, not {checked.dtype}")
-    checked = checked if checked.is_floating_point() else checked.to(data.dtype)
+    dtype = checked.dtype if checked.is_floating_point() else data.dtype
+    checked = checked.to(torch.promote_types(dtype, torch.float32))  # (sums in half precision would lose the order)
     if checked.dim() == data.dim() - 1:
         checked = checked.unsqueeze(1)
     if checked.shape != data.shape and (data.dim() < 3 or checked.shape != (len(data), 1, *data.shape[2:])):
@@ -168,7 +174,7 @@ def _check_relevance(relevance: Array | Tensor, data: Tensor) -> Tensor:
 def _tensors(model: nn.Module, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     like = next((p for p in unwrap(model).parameters() if p.is_floating_point()), None)
     try:
-        data = torch.as_tensor(inputs).detach()
+        data = _as_tensor(inputs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputTypeError(f"inputs must be an array or a tensor of numbers: {error}") from error
     flat: Any = targets.reshape(-1) if isinstance(targets, Tensor | np.ndarray) else targets

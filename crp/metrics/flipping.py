@@ -178,11 +178,8 @@ def _flip(
     place, values = _features(relevance, data, patch, channels)
     count = values.shape[1]
     steps = -(-count // step)
-    curves = [
-        _curve(scorer, data, filled, place, values if order == "least" else -values, step, steps)
-        for order in ("most", "least")
-    ]
-    fraction = (torch.arange(steps + 1, device=data.device) * step).clamp(max=count) / count
+    curves = [_curve(scorer, data, filled, place, ascending, step, steps) for ascending in (-values, values)]
+    fraction = (torch.arange(steps + 1, device=data.device, dtype=torch.float64) * step).clamp(max=count) / count
     return Flipping(fraction.to(curves[0].dtype), *curves)
 
 

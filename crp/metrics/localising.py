@@ -89,7 +89,7 @@ def relevance_rank(heatmaps: Tensor, masks: Tensor) -> Tensor:
     last = heat.sort(1, descending=True).values.gather(1, size - 1)
     above, equal = heat > last, heat == last
     # (of the places that are as relevant as the last one, as many as there is room for)
-    room = (size - above.sum(1, keepdim=True)) / equal.sum(1, keepdim=True)
+    room = (size - above.sum(1, keepdim=True)).to(heat) / equal.sum(1, keepdim=True)
     hits = ((above + equal * room) * inside).sum(1)
     return _ratio(hits, size[:, 0], heat.amax(1) > heat.amin(1))
 

@@ -158,8 +158,7 @@ def local_lipschitz(
         if noise == 0:
             raise InputError("noise must be greater than 0: a neighbour must differ from the input")
         generator = torch.Generator().manual_seed(seed)
-        draw = torch.randn((samples, 1, *data.shape[1:]), generator=generator, dtype=data.dtype)
-        noise = noise * draw
+        noise = noise * torch.randn((samples, 1, *data.shape[1:]), generator=generator, dtype=data.dtype)
     if noise.dim() != data.dim() + 1 or noise.shape[2:] != data.shape[1:] or noise.shape[1] not in (1, len(data)):
         raise InputError(
             f"noise has shape {tuple(noise.shape)}; it must be (samples, {len(data)} or 1, *{tuple(data.shape[1:])})"
@@ -169,8 +168,8 @@ def local_lipschitz(
     classes = scorer.classes.repeat(len(moved) + 1)
     relevance = _relevance_by(explain_func, model, every, classes, output, batch_size)
     relevance = relevance.view(len(moved) + 1, len(data), -1)
-    change = (relevance[1:] - relevance[0]).norm(dim=2)
-    way = (moved - data.detach()).flatten(2).norm(dim=2)
+    change = (relevance[1:] - relevance[0]).norm(dim=2, dtype=torch.float64)
+    way = (moved.double() - data.detach()).flatten(2).norm(dim=2)
     if (way == 0).any():
         raise InputError("noise is 0 for some neighbours: they must differ from the input")
     return torch.amax(change / way, 0)

@@ -72,17 +72,25 @@ def randomization(
     if not (layers := {name: parameters for name, parameters in layers.items() if parameters}):
         raise InputError(f"{type(model).__name__} has no parameters that could be randomized")
 
-    def ranks() -> Tensor:
-        relevance = _relevance_by(explain_func, changed, data, classes, output, batch_size).flatten(1)
-        return _ranks(relevance.abs() if absolute else relevance)
+    def relevance() -> Tensor:
+        found = _relevance_by(explain_func, changed, data, classes, output, batch_size).flatten(1)
+        return found.abs() if absolute else found
 
     generator = torch.Generator().manual_seed(seed)
-    original, similarity = ranks(), {}
+    original, similarity = relevance(), {}
     for name in reversed(layers):
         for parameter in layers[name]:
             shuffle(parameter, generator)
-        similarity[name] = _correlation(original, ranks())
+        similarity[name] = rank_correlations(original, relevance())
     return similarity
+
+
+def rank_correlations(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's, of each row of two tensors (rows, n): the correlation of ranks; 0 where one row never varies."""
+    a, b = (ranks - ranks.mean(1, keepdim=True) for ranks in map(_ranks, (a, b)))
+    size = a.norm(dim=1) * b.norm(dim=1)
+    correlation: Tensor = (a * b).sum(1) / size.where(size > 0, 1)
+    return correlation
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -91,10 +99,3 @@ def _ranks(values: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, values.contiguous())
     upto = torch.searchsorted(ordered, values.contiguous(), right=True)
     return (below + upto).double() / 2
-
-
-def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    size = a.norm(dim=1) * b.norm(dim=1)
-    correlation: Tensor = (a * b).sum(1) / size.where(size > 0, 1)
-    return correlation

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from crp.attributors.scores import ScoreName, check_exclusive, explaining, known_target, score_of, target_of
 from crp.attributors.selected import Selected
-from crp.attributors.target import AtPlaces, Classes, Target
+from crp.attributors.target import AtPlaces, Classes
 from crp.checks import check_choice, check_number
 from crp.engine.forward import tensor_in
 from crp.engine.inputs import Data, Inputs, check_data
+from crp.engine.probabilities import are_shares
 from crp.engine.targets import Element, Pixels, Position
 from crp.errors import InputError, InputTypeError
 from crp.flags import check_function
@@ -71,13 +72,14 @@ class Scorer:
         self.model, self.score, self.batch_size, self.output = model, score, batch_size, output
         check_exclusive(score, output)
         with self._running() as run, torch.no_grad():
-            if asked is None:
-                parts = torch.split(torch.arange(len(inputs)), self.batch_size)
-                known = [known_target(None, run(inputs.select(part.tolist()))) for part in parts]
-                self.target: Target = Classes(torch.cat([part.ids for part in known if isinstance(part, Classes)]))
-            else:
-                scores = run(inputs.select([0]))
-                self.target = asked if isinstance(asked, AtPlaces) else self._each(asked, scores)
+            rows = torch.arange(len(inputs) if asked is None else 1)
+            scores = torch.cat([run(inputs.select(part.tolist())) for part in torch.split(rows, self.batch_size)])
+        if isinstance(asked, Classes):
+            asked.score(scores)  # raises if there is no such class
+            asked = Classes(asked.ids.expand(len(inputs)).remainder(scores.shape[1]))
+        self.target = known_target(asked, scores)
+        # (those of changed data may look like probabilities by chance)
+        self._shares = score != "output" and are_shares(scores)
 
     @property
     def classes(self) -> Tensor:
@@ -85,11 +87,6 @@ class Scorer:
         if not isinstance(self.target, Classes):
             raise InputTypeError("target must be a class, one per sample, or None for those predicted, not a place")
         return self.target.ids.to(self.inputs.explained[0].device)
-
-    def _each(self, asked: Classes, scores: Tensor) -> Classes:
-        for label in set(asked.ids.tolist()):
-            Classes(label).score(scores)  # raises if there is no such class
-        return Classes(asked.ids.expand(len(self.inputs)).remainder(scores.shape[1]))
 
     def _running(self) -> AbstractContextManager[Callable[[Data], Tensor]]:
         select = tensor_in if self.output is None else Selected(Classes(0), self.output).select
@@ -120,7 +117,7 @@ class Scorer:
         with self._running() as run, torch.no_grad():
             for index in torch.split(torch.arange(len(samples), device=samples.device), self.batch_size):
                 inputs = self.inputs.having([make(index)], samples[index])
-                scores.append(score_of(run(inputs), self.target.rows(samples[index]), self.score))
+                scores.append(score_of(run(inputs), self.target.rows(samples[index]), self.score, self._shares))
         return torch.cat(scores)
 
 

@@ -7,13 +7,11 @@ threads) makes tensors without a note, and the next operation that reads one is 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from types import FrameType
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from crp.errors import UnseenError
@@ -241,10 +239,7 @@ class SeeingMode(TorchFunctionMode):
         return isinstance(value, Tensor) and not value.requires_grad and self.notes.of(value) is not None
 
     def _of_activation(self, choice: Choice, op: Operation, is_sent: bool) -> Choice:
-        """Rule of activations, if relevance is sent through one as it is, unless another one is meant for the call.
-
-        Where the ordinary chain rule is not the method for activations, it is none for a call that makes one, either.
-        """
+        """Rule of activations, if relevance is sent through one; else whether the chain rule is the method for one."""
         other = self.choose(activation(op.known.name), "activation")
         if is_sent and other.rule is not None and other.rule.is_identity and other.number <= choice.number:
             return other
@@ -390,14 +385,3 @@ class SeeingMode(TorchFunctionMode):
 _SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 _DERIVATIVES = frozenset({"grad", "backward"})
 _PRODUCTS = frozenset({"div", "mul"})
-
-
-def innermost_module(names: Mapping[int, str]) -> str:
-    """Name of the innermost module whose forward is running; slow, for messages."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in names:
-            return names[id(owner)]
-        frame = frame.f_back
-    return ""

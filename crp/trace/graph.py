@@ -25,17 +25,6 @@ from crp.layers.misfits import telling_misfits
 from crp.layers.nested import tensors_in
 from crp.trace import FunctionCall, ModuleCall, Reader, Trace, trace
 
-__all__ = [
-    "Adjacency",
-    "GraphNode",
-    "ModelGraph",
-    "Pair",
-    "Unit",
-    "adjacent",
-    "layers_as_units",
-    "trace_model_graph",
-]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -41,14 +41,11 @@ def _weights_in(state: dict[str, Any], path: Path) -> Any:
         return state["state_dict"]
     if any(isinstance(value, Tensor) for value in state.values()):
         return state
-    inside = [name for name, value in state.items() if _is_state_dict(value)]
+    dicts = {name: value for name, value in state.items() if isinstance(value, dict) and value}
+    inside = [name for name, value in dicts.items() if all(isinstance(entry, Tensor) for entry in value.values())]
     if len(inside) > 1:
         raise LoadingError(f"{path} holds weights under {' and '.join(map(repr, inside))}; save those that are meant")
     return state[inside[0]] if inside else state
-
-
-def _is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
 
 
 def n_classes_of(state: Any, net: nn.Module) -> int | None:

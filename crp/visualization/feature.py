@@ -16,7 +16,7 @@ from crp.checks import check_number
 from crp.compat import folders
 from crp.compat.accumulators import InMemoryAnalysis, Maximization, Statistics, methods_not_called
 from crp.concepts import ChannelConcept, Concept, as_ids
-from crp.concepts.base import check_masks
+from crp.concepts.base import check_is_concept
 from crp.engine.door import check_attribution, check_device
 from crp.engine.taps import check_layers
 from crp.errors import InputError, InputTypeError, LoadingError
@@ -121,7 +121,7 @@ class FeatureVisualization(InMemoryAnalysis, ReferenceQueries):
         if not isinstance(layer_map, Mapping):
             layer_map = {layer: ChannelConcept() for layer in layer_map}
         for layer, concept in layer_map.items():
-            check_masks(f"layer_map[{layer!r}]", concept)
+            check_is_concept(f"layer_map[{layer!r}]", concept)
         check_function("preprocess_fn", preprocess_fn, "samples")
         self.dataset = of_loader(dataset)
         self.layer_map = layer_map

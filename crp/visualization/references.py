@@ -256,18 +256,8 @@ def heatmaps_of(
 ) -> Tensor:
     """Heatmaps of a concept on some samples, of shape (samples, *space).
 
-    Parameters
-    ----------
-    attribution : CondAttribution
-    data : Tensor of shape (samples, *input shape)
-    chosen : OfConcept
-    composite : zennit Composite
-    positions : sequence of int, optional
-        One for each sample; by default, all positions count.
-    targets : sequence, optional
-        For each sample the classes whose relevance is shown. Without them, heatmaps show how active the concept is.
-    batch_size : int
-    device : torch.device or str, optional
+    Of each sample, one position counts, or all of them; and the relevance of its ``targets`` is shown. Without these,
+    heatmaps show how active the concept is.
     """
     check_number("batch_size", batch_size, 1, whole=True)
     concept, concept_id, layer = chosen

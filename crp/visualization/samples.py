@@ -155,16 +155,14 @@ class SampleAccess:
         elif output is None and "output" in table.fingerprints:
             found["output"] = "none"
         decoding = _Same(self.dataset), torch.device(self.device).type, str(table.path), table.header.identity
-        if mark := self._remembered("decoder", decoding, lambda: self._decoder(table)):
+        if mark := self._remembered(
+            "decoder", decoding, lambda: decoder_mark(table.fingerprints, on_device(self._samples_mined(), self.device))
+        ):
             table.check(decoder=mark)
         if table.header.probes:
             state = _Same(self.dataset), _length(self.dataset), str(table.path), table.header.identity
             self._remembered("samples", state, lambda: check_dataset(table, files_of(self._samples_mined())))
         table.check(**found)
-
-    def _decoder(self, table: Table) -> str:
-        """Fingerprint of the decoder that a table is compared with; none where pictures are not decoded here."""
-        return decoder_mark(table.fingerprints, on_device(self._samples_mined(), self.device)) or ""
 
     @property
     def texts(self) -> Texts | None:

@@ -38,7 +38,9 @@ class Pictures:
     """
 
     def __init__(self, folder: Path, labels: dict[str, int] | None) -> None:
-        files = sorted(_files(folder, _SUFFIXES | _other_suffixes()))
+        # (Pillow may open others, such as .gif, that are not taken for pictures)
+        others = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        files = sorted(_files(folder, _SUFFIXES | others))
         found = [path for path in files if path.suffix.lower() in _SUFFIXES]
         if left_out := [str(path.relative_to(folder)) for path in files if path.suffix.lower() not in _SUFFIXES]:
             warn(
@@ -300,11 +302,6 @@ def _leads_back(folder: Path) -> bool:
     if not folder.is_symlink():
         return False
     return folder.resolve() in (*folder.parent.resolve().parents, *(one.resolve() for one in folder.parents))
-
-
-def _other_suffixes() -> set[str]:
-    """Suffixes, such as ``.gif``, of files that Pillow may open and that are not taken for pictures."""
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - _SUFFIXES
 
 
 def _named_suffixes() -> str:

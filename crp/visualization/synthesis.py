@@ -254,7 +254,8 @@ def _is_below(low: object, high: object) -> bool:
 def _rate(model: nn.Module, objective: Objective, composite: Composite | None, images: Tensor) -> tuple[Tensor, Tensor]:
     """Objective of each image, and its gradient."""
     roles = dict.fromkeys(objective.layers - {OUTPUT}, "condition")
-    select = tensor_in if OUTPUT in objective.layers else _nothing_of
+    # (an output may be a dict, or boxes, where the objective is about layers alone)
+    select: Callable[[Any], Any] = tensor_in if OUTPUT in objective.layers else lambda returned: None
     found = ForwardPass.run(model, Inputs.single(images), roles, select, composite)
     outputs = {OUTPUT: found.output, **found.layers}
     values = objective(outputs)
@@ -265,11 +266,6 @@ def _rate(model: nn.Module, objective: Objective, composite: Composite | None, i
         raise InputError(f"the objective is NaN or infinite for images {wrong}; use a smaller learning rate or bounds")
     (gradient,) = torch.autograd.grad(values.sum(), found.inputs.explained)
     return values.detach(), gradient
-
-
-def _nothing_of(returned: Any) -> Any:
-    """What is asked of a model's output where the objective is about layers: it may be a dict, or boxes."""
-    return None
 
 
 def _warn_of_silence(gradient: Tensor) -> None:

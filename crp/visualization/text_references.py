@@ -86,19 +86,7 @@ def text_heatmaps(
     composite: Composite | None,
     batch_size: int = 32,
 ) -> Tensor:
-    """Heatmaps of one text, of shape (rows, tokens); those that start at the output share a forward pass.
-
-    Parameters
-    ----------
-    attribution : CondAttribution
-    asked : Asked
-        One text, from `read_text`.
-    rows : sequence of TextRow
-    layer_map : mapping of layer name to Concept
-    composite : zennit Composite, or None for the plain gradient
-    batch_size : int
-        Rows in a backward pass.
-    """
+    """Heatmaps of one text, of shape (rows, tokens); those that start at the output share a forward pass."""
     assert asked.lengths is not None
     found: dict[int, Tensor] = {}
     together = [number for number, row in enumerate(rows) if row.targets and row.at is None]

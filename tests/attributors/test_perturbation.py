@@ -51,6 +51,18 @@ def test_linear_optimum(linear, small, game, start, upsampling):
     assert torch.allclose(found.limits[:, 1], linear[1].bias, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_steps_in_half_precision(linear, small, dtype):
+    """Adam's first step is as long as the rate says. Float16 takes squares of these gradients for 0, and divides."""
+    linear[1].weight.data *= 1e-3
+    found = MeaningfulPerturbation(linear.to(dtype), start=0.5, l1=1e-4, **BARE, steps=1)(small.to(dtype), [0, 1, 2])
+    contribution = (linear[1].weight.double().view(3, 2, 4, 5) * small).sum(1)
+    clear = (contribution - 1e-4).abs() > 2e-5
+    wanted = (contribution > 1e-4).double() * 0.2 + 0.4
+    assert torch.allclose(found.heatmap.double()[clear], wanted[clear], atol=4e-3)
+    assert found.heatmap.dtype == dtype and clear.sum() > 30
+
+
 @pytest.mark.parametrize("game", ["deletion", "preservation"])
 def test_objective_as_the_paper_writes_it(linear, game):
     mask, scores = torch.rand(2, 1, 3, 4, dtype=torch.float64), torch.rand(2, dtype=torch.float64)

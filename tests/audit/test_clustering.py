@@ -37,12 +37,33 @@ def test_blobs_are_found(sizes):
     assert repr(found) == f"Clusters(sizes={found.sizes}, separation=1.00, vectors=({sum(sizes)}, 6))"
 
 
+@pytest.mark.parametrize(("parts", "how"), [(9, {}), (20, {}), (3, {"largest": 2}), (4, {"n": 3})])
+def test_more_parts_than_clusters_are_not_divided_by_chance(parts, how):
+    """Eigenvectors of several eigenvalues of 0 are any basis, of which the first few tell no part from another."""
+    points = np.eye(parts).repeat(12, 0) + np.random.default_rng(0).normal(size=(12 * parts, parts)) * 0.01
+    with pytest.raises(InputError, match=f"fall into {parts} parts, .*more n_neighbours"):
+        clusters(points, **how)
+    assert clusters(points, largest=parts).sizes == clusters(points, n=parts).sizes == [12] * parts
+    assert clusters(points, n=1).sizes == clusters(points, largest=1).sizes == [12 * parts]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_one_blob_is_one_cluster(seed):
     found = clusters(np.random.default_rng(seed).normal(size=(100, 3)) * 0.1 + [1, 0, 0], normed=False)
     assert found.sizes == [100] and found.separation == 0
     assert found.strongest(0, 1)[0] == (0, pytest.approx(found.vectors.mean(0)[0]))
     assert clusters(blobs(50, 50)[0], n=3).sizes[0] <= 50
+
+
+@pytest.mark.parametrize("sizes", [(60,), (40, 30)], ids=str)
+def test_members_are_those_nearest_to_the_mean(sizes):
+    """Separated clusters are a point each in the embedding, and one cluster is what all have in common."""
+    points, _ = blobs(*sizes)
+    found = clusters(points, normed=False)
+    for i in range(len(sizes)):
+        members = found.members(i)
+        distance = np.linalg.norm(points[members] - points[members].mean(0), axis=1)
+        assert len(members) == sizes[i] and np.allclose(distance, np.sort(distance), atol=1e-8)
 
 
 def test_spectrum_of_a_ring():
@@ -107,6 +128,11 @@ def test_files_for_virelay_are_whole_or_not_written(tmp_path):
         export_corelay(tmp_path / "a.h5", found, points)
     with pytest.raises(ValueError, match="the clusters are of 70 samples; labels are of 69"):
         export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=which[1:])
+    for labels in (which - 1, which + 2**16, which / 2, which[:, None]):
+        with pytest.raises(InputError, match="labels must be classes from 0 to 65535, one for each sample, or boolean"):
+            export_corelay(tmp_path / "a.h5", found, points, predictions=points, labels=labels)
+    with pytest.raises(InputError, match="predictions must be finite"):
+        export_corelay(tmp_path / "a.h5", found, points, predictions=points * np.inf, labels=which)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a.attribution.h5").write_bytes(b"")
     with pytest.raises(InputError, match=r"a\.attribution\.h5 is there already"):
@@ -149,7 +175,7 @@ def test_heatmaps_beside_the_table(tmp_path, size, shape):
     assert np.array_equal(found.sample, samples) and np.array_equal(found.label, direct.label)
     save_clusters(table, found, "second", 1, what="heatmap")
     assert path.stat().st_size < 4096 + 20 * 2 * 36
-    with pytest.raises(ValueError, match="clusters of a table's heatmaps need of_class="):
+    with pytest.raises(ValueError, match="those of its heatmaps of_class= alone"):
         clusters(table, what="heatmap")
     with pytest.raises(ValueError, match="has no rows of"):
         keep_heatmaps(fv, EpsilonPlus(), 7)

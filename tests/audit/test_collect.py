@@ -54,7 +54,7 @@ def test_labels_are_not_read_where_the_dataset_has_them(attribution):
     del data.labels
     with pytest.raises(ValueError, match="there are 3 labels for 12 samples"):
         collect(attribution, data, EpsilonPlus(), "second", labels=[1, 2, 0])
-    with pytest.raises(TypeError, match="labels must be one class for each sample; not"):
+    with pytest.raises(TypeError, match="labels must be one class for each sample; they are"):
         collect(attribution, data, EpsilonPlus(), "second", labels=[[1, 2]] * 12)
 
 
@@ -80,10 +80,23 @@ class Sizes(Images):
         return (torch.cat([data, data], -1) if index % 2 else data), label
 
 
+@pytest.mark.parametrize("n", [23, 1000])
+def test_each_sample_of_another_size_has_the_vectors_that_are_its_own(attribution, n):
+    """The first sample has one position, and every second one three: of each are drawn as many as it has, at most."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).double()
+    pictures = [torch.rand(1, 3, 5 if i % 2 else 3, dtype=torch.float64) for i in range(16)]
+    data = [(picture, i % 3) for i, picture in enumerate(pictures)]
+    found = collect(CondAttribution(net.eval()), data, EpsilonPlus(), "0", n, per_sample=2, batch_size=1)
+    assert len(found.sample) == min(n, 8 * 1 + 8 * 2)
+    for vector, sample, target, position in zip(found.activations, *found[2:], strict=True):
+        assert torch.allclose(vector, net[0](pictures[sample][None])[0].flatten(1)[:, position])
+        assert target == sample % 3
+
+
 WRONG = {
     "axis of the samples": ({"axis": 0}, "axis must be a whole number, and not 0"),
     "axis of a word": ({"axis": "1"}, "axis must be a whole number, .* not '1'"),
-    "axis beyond": ({"axis": 4}, r"axis 4 is none of channels in layer 'second', of shape \(1, 5, 3, 3\)"),
+    "axis beyond": ({"axis": 4}, r"axis 4 is none of channels in layer 'second', of shape \(4, 5, 3, 3\)"),
     "axis before": ({"axis": -4}, "axis -4 is none of channels in layer 'second'"),
     "samples without labels": ({"labels": [0, 1, -1, 2]}, "classes, which count from 0; sample 2 has -1"),
     "fractions of labels": ({"labels": [0.5] * 4}, "labels must be one class for each sample"),

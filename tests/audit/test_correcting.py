@@ -327,6 +327,19 @@ def test_a_layer_that_gives_no_tensor_is_refused(data):
         intervene(CondAttribution(model), data, "two", ChannelConcept(), [1], [0] * 4)
 
 
+def test_a_concept_is_told_which_layer_is_changed(model, data):
+    class OfLayer(ChannelConcept):
+        """As concepts of zennit-crp may be: other channels in each layer."""
+
+        @staticmethod
+        def mask(batch_id, concept_ids, layer_name=None):
+            return ChannelConcept.mask(batch_id, [one + {"conv2": 1}[layer_name] for one in concept_ids], layer_name)
+
+    attribution, ids = CondAttribution(model), [0, 1]
+    found = intervene(attribution, data, "conv2", OfLayer(), ids, 1)
+    assert torch.equal(found, intervene(attribution, data, "conv2", ChannelConcept(), [1, 2], 1))
+
+
 def test_one_target_is_for_all_samples(model, data):
     attribution, channel = CondAttribution(model), ChannelConcept()
     found = [intervene(attribution, data, "conv1", channel, [0, 2], of) for of in (1, torch.tensor(1), [1] * len(data))]

@@ -13,12 +13,18 @@ from crp.audit import (
     clusters,
     context_scores,
     effect,
+    embed_references,
+    export_corelay,
     intervene,
     interventions,
     keep_heatmaps,
+    part_of,
     penalty,
     project,
     prune,
+    save_audit,
+    save_clusters,
+    with_concepts,
 )
 from crp.composites import EpsilonPlus
 from crp.concepts import ChannelConcept
@@ -84,6 +90,47 @@ WRONG = {
         lambda m: audit(CondAttribution(m), DATA, EpsilonPlus(), None, ChannelConcept()),
         "found must be what prototypes.* gives, not None",
     ),
+    "audit of a model": (
+        lambda m: audit(m, DATA, EpsilonPlus(), None, ChannelConcept()),
+        "attribution must be CondAttribution.model., not a Sequential",
+    ),
+    "audit by a class of concepts": (
+        lambda m: audit(CondAttribution(m), DATA, EpsilonPlus(), None, ChannelConcept),
+        r"concept must be a concept, such as ChannelConcept\(\), not the class ChannelConcept",
+    ),
+    "audit of a list": (
+        lambda m: audit(CondAttribution(m), [DATA], EpsilonPlus(), None, ChannelConcept()),
+        "data must be a tensor of samples, not a list",
+    ),
+    "audit of none kept": (lambda m: save_audit("table", None, []), "found must be what prototypes.* gives, not None"),
+    "context by no concept": (
+        lambda m: context_scores(CondAttribution(m), DATA, [0] * 3, None, "0", None, [0], DATA[:, 0] > 0),
+        "concept must be a concept, .* not None",
+    ),
+    "context of one target": (
+        lambda m: context_scores(CondAttribution(m), DATA, 0, None, "0", ChannelConcept(), [0], DATA[:, 0] > 0),
+        "1 targets and 3 masks are given for 3 samples",
+    ),
+    "effect on a model": (
+        lambda m: effect(m, DATA, [0] * 3, None, project(m, "0", [1.0, 0, 0, 0]), "0", ChannelConcept(), [0]),
+        "attribution must be CondAttribution.model., not a Sequential",
+    ),
+    "intervention on a mask": (
+        lambda m: intervene(CondAttribution(m), DATA, "0", ChannelConcept.mask, [0], 0),
+        "concept must be a concept, .* not <function",
+    ),
+    "part of a mask": (lambda m: part_of(ChannelConcept.mask, DATA, [0]), "concept must be a concept"),
+    "a word in place of samples that are corrected": (
+        lambda m: corrected(m, when="marked"),
+        "when must be a function of the layer's output",
+    ),
+    "references of no visualization": (
+        lambda m: embed_references(m, "0", [0], torch.flatten),
+        "fv must be a FeatureVisualization, not Sequ",
+    ),
+    "no clusters": (lambda m: save_clusters("table", None, "0", 0), "found must be what clusters.* gives, not None"),
+    "no clusters named": (lambda m: with_concepts("table", [1], "0", 0), "found must be what clusters.* not a list"),
+    "no clusters exported": (lambda m: export_corelay("file", None), "found must be what clusters.* gives, not None"),
     "no prototypes of a table": (
         lambda m: audit_table("table", None),
         "found must be what prototypes.* gives, not None",

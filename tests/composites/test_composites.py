@@ -20,7 +20,7 @@ from crp.attribution import CondAttribution
 from crp.attributors.explaining import find_method
 from crp.canonizers import MergeBatchNorm
 from crp.composites import Composite, DeepTaylor, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, get, register
-from crp.errors import UnseenError
+from crp.errors import StateError, UnseenError
 from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
 
 #: All presets, each with an argument that is not its default.
@@ -101,6 +101,16 @@ def test_composite_of_one_s_own_shows_its_rules():
     composite = Composite(None, layer_map=[(nn.Linear, ZPlus())])
     assert "ZPlus(stabilizer=1e-06" in repr(composite)
     assert repr(pickle.loads(pickle.dumps(composite))) == repr(composite)
+
+
+@pytest.mark.parametrize("name", ["canonizers", "layer_map", "first_map", "name_map", "reference", "variant"])
+def test_settings_do_not_change(name):
+    """What was changed later had an effect on relevance, or none, but not on pickles, descriptions and tables."""
+    composite = composites.DeepLift(layer_map=[(torch.tanh, None)])
+    before = getattr(composite, name)
+    with pytest.raises(StateError, match=f"{name} of this DeepLift cannot change, .*; make another one"):
+        setattr(composite, name, [])
+    assert getattr(composite, name) is before and not isinstance(before, list)
 
 
 def test_tensor_bounds_survive_the_description(vgg_bn, images):

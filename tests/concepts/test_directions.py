@@ -188,10 +188,12 @@ def test_subspaces_from_a_seed_are_the_same_again():
         (lambda: directions.cav(np.eye(3), [0, 1, 2]), "3 values of 0 and 1, both among them; not 3 of"),
         (lambda: directions.cav(np.eye(3), [1, 1, 1]), "3 values of 0 and 1, both among them; not 3 of"),
         (lambda: directions.cav(np.ones((3, 4)), [0, 1, 1]), "the same mean; there is no direction"),
-        (lambda: directions.cav(np.eye(3), [0, 1, 1], "lda"), "method must be 'pattern', 'ridge' or 'svm', not 'lda'"),
+        (lambda: directions.cav(np.full((11, 4), 0.1), [0, 1] + [1] * 9), "the same mean; there is no direction"),
+        (lambda: directions.cav(np.tile(np.eye(5) / 3, (2, 1)), [0] * 5 + [1] * 5), "same mean; there is no direction"),
+        (lambda: directions.cav(np.eye(3), [0, 1, 1], "lda"), "method must be one of 'pattern', 'ridge', 'svm', not"),
         (lambda: directions.pca(np.eye(3), 1).explained(np.eye(3), 0 * np.eye(3)), "relevance of all vectors is 0"),
     ],
-    ids=range(28),
+    ids=range(30),
 )  # fmt: skip
 def test_what_is_wrong_is_said(call, message):
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,8 @@ import torch
 from attributor_cases import METRICS
 from torch import Tensor, nn
 
-from crp.attributors import IntegratedGradients, MeaningfulPerturbation
+from crp.attributors import Gradient, IntegratedGradients, MeaningfulPerturbation
+from crp.attributors.explaining import explain
 from crp.checks import check_number
 from crp.composites import EpsilonPlus
 from crp.engine.door import check_seed
@@ -204,6 +205,37 @@ def test_continuity_in_bfloat16(neighbours: bool) -> None:
         for dtype in (torch.float64, torch.bfloat16)
     )
     assert float(found) == pytest.approx(float(wanted), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64], ids=str)
+def test_relevance_is_summed_where_it_fits(dtype: torch.dtype) -> None:
+    """Sums of a patch, and norms, that float16 takes for infinite, and so for equal."""
+    patches = torch.tensor([[2e4, 1e4], [4e4, 3e4]]).repeat_interleave(3, 0).repeat_interleave(3, 1).expand_as(X)
+    model, data = net().half(), X.half()
+    found, wanted = (
+        pixel_flipping(model, data, 0, relevance=patches.to(kind), patch=3, score="output")
+        for kind in (dtype, torch.float64)
+    )
+    assert torch.equal(found.most, wanted.most) and torch.equal(found.least, wanted.least)
+    assert not torch.equal(found.most, found.least)
+
+    def steep(model: nn.Module, inputs: Any, targets: Any) -> Any:
+        return (1.5e4 * torch.as_tensor(inputs).double()).to(dtype)
+
+    assert local_lipschitz(model, data / 2, 0, steep, noise=0.5).tolist() == pytest.approx([1.5e4] * 2, rel=0.01)
+
+
+def test_arrays_that_are_read_backward() -> None:
+    """As those of flipped pictures are, of which torch makes no tensor."""
+    flipped, classes = X.numpy()[..., ::-1], np.array([0, 1, 2])[:0:-1]
+    wanted = explain("gradient", net(), X.flip(-1), [2, 1]).numpy()
+    assert np.array_equal(quantus_explain("gradient")(net(), flipped, classes), wanted)
+    assert np.array_equal(explain("gradient", net(), X.flip(-1), classes), wanted)
+    starts = np.eye(3, dtype=np.float32)[:0:-1]
+    assert np.array_equal(explain("gradient", net(), X.flip(-1), starts), wanted)
+    assert np.array_equal(Gradient(net())(X.flip(-1), starts)[1], wanted)
+    areas = (pixel_flipping(net(), X, 0, relevance=one).area_most for one in (flipped, X.flip(-1)))
+    assert torch.equal(*areas)
 
 
 def test_noise_of_selectivity_is_always_the_same() -> None:

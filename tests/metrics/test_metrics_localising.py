@@ -69,7 +69,7 @@ def test_metrics_of_heatmaps_do_not_depend_on_scale_precision_or_the_batch(name)
     for factor in (1e-38, 1e-20, 1e30):
         torch.testing.assert_close(METRICS[name](heat * factor, mask), found)
     torch.testing.assert_close(METRICS[name](heat.half(), mask), found)
-    torch.testing.assert_close(METRICS[name](heat.double(), mask).float(), found)
+    torch.testing.assert_close(METRICS[name](heat.double(), mask), found.double(), rtol=1e-5, atol=1e-6)
     one_by_one = torch.cat([METRICS[name](heat[i : i + 1], mask[i]) for i in range(5)])
     torch.testing.assert_close(one_by_one, found)
 

@@ -161,6 +161,16 @@ def test_folders_are_merged(tmp_path: Path, reference: dict[str, bytes]) -> None
     assert files_of(tmp_path / "all") == reference
 
 
+def test_a_merge_replaces_what_is_damaged_by_what_is_sound(tmp_path: Path, reference: dict[str, bytes]) -> None:
+    for name in ("here", "there"):
+        run(tmp_path / name, Data(), shard_size=8)
+    file = tmp_path / "here" / "shards" / Table.open(tmp_path / "here").shards[1].file
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert merge(tmp_path / "here", tmp_path / "there").verify() == []
+    assert file.read_bytes() == whole
+
+
 def test_bad_parts_are_refused(tmp_path: Path) -> None:
     for wrong in ((2, 2), (-1, 2), (0, 0), (0.0, 2), (0,)):
         with pytest.raises(ValueError, match=r"part must be \(i, n\)"):

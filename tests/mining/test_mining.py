@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +318,16 @@ def test_scores_that_are_not_finite_are_never_ranked(tmp_path: Path) -> None:
     again = Table.open(tmp_path)
     assert (again.coverage(), again.verify()) == (table.coverage(), [])
     assert rows_of(again) == [(i, t) for i in range(9) if i not in (5, 8) for t in (0, 1)]
+
+
+def test_relevance_in_other_numbers_is_not_mixed_with_that_of_the_model(tmp_path: Path) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        table = run(tmp_path, Data(), stop=8)
+        assert table.header.recipe["precision"] == "autocast to torch.bfloat16"
+        assert not run(tmp_path, Data()).coverage().missing
+    for other in (nullcontext(), torch.autocast("cpu", torch.float16)):
+        with other, pytest.raises(TableMismatchError, match=r"another precision \(precision autocast to"):
+            run(tmp_path, Data())
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["model", "autocast"])

@@ -819,6 +819,8 @@ def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
     for space in ((5, 11), (2, 2), (1, 1)):  # (positions were clipped to the last row)
         with pytest.raises(ValueError, match=message):
             find_suspects(fv.path, {"relu": space}, [0, 1, 2])
+    with pytest.raises(KeyError, match=r"no sample of class 7 was mined; the classes are \[0, 1, 2\]"):
+        find_suspects(fv.path, {"relu": (11, 11)}, [0, 7])
     drawer = PictureDrawer(fv, EpsilonPlus(), list(fv.layer_map), tmp_path, "", ReportOptions())
     of_both = drawer.find_suspects(Table.open(fv.path), [0, 1, 2])
     assert {one._replace(layer="relu") for one in of_both if one.layer == "channels_last"} == {
@@ -827,6 +829,19 @@ def test_a_concept_in_one_place_of_some_samples_is_the_first_suspect(tmp_path):
     assert first in of_both
     assert find_suspects(fv) == of_both
     assert f"score={first.score!r}, share=" in repr(find_suspects(fv, n=1)), "numbers are plain"
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "words"),
+    [
+        (1, 4, ["on the left", "in column 2 of 4", "in column 3 of 4", "on the right"]),
+        (4, 1, ["at the top", "in row 2 of 4", "in row 3 of 4", "at the bottom"]),
+        (2, 2, ["at the top left", "at the top right", "at the bottom left", "at the bottom right"]),
+    ],
+)
+def test_places_are_told_along_the_axes_that_there_are(height: int, width: int, words: list[str]) -> None:
+    cells = _parts_of_pictures("a", height, width, (height, width))
+    assert [cells.name(place) for place in range(cells.n)] == words
 
 
 @pytest.mark.promise("Tables", "A report that cannot be written is refused before anything is computed")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from trust_cases import images, net
 
-from crp.attributors import Occlusion
+from crp.attributors import MeaningfulPerturbation, Occlusion
 from crp.attributors.scores import score_of
 from crp.attributors.target import Classes
 from crp.engine.probabilities import are_shares, log_probabilities, probabilities
@@ -38,6 +38,18 @@ def test_score_of_a_model_that_ends_in_a_softmax(score):
     wanted = score_of(scores, target, score)
     assert torch.allclose(score_of(scores.softmax(1), target, score), wanted, atol=1e-6)
     assert torch.equal(score_of(scores, target, "output"), scores.gather(1, target.ids[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_scores_that_look_like_probabilities_by_chance_are_scores(batch_size):
+    """What a model makes of an empty input may be shares, where its biases are: the other inputs tell what it gives."""
+    model, x = nn.Linear(4, 2).double().eval(), torch.randn(2, 4, dtype=torch.float64)
+    model.bias.data = torch.tensor([0.2, 0.8], dtype=torch.float64)
+    found = pixel_flipping(model, x, 0, relevance=x, batch_size=batch_size)
+    assert torch.allclose(found.most[:, -1], model.bias.softmax(0)[:1], atol=1e-12)
+    games = {"mask_size": None, "mask_blur": 0.0, "jitter": 1, "background": 0.0, "steps": 1}
+    flat = nn.Sequential(nn.Flatten(), model).eval()
+    assert torch.allclose(MeaningfulPerturbation(flat, **games)(x.view(2, 1, 2, 2), 0).limits[:, 1], found.most[:, -1])
 
 
 @pytest.mark.promise("Results", "Pixel flipping does not depend on whether the model ends in its softmax")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from crp.visualization.mining.datasets import Problem, Sample, SampleError
-from crp.visualization.mining.encoded import Decoder
 from crp.visualization.mining.job import Job
 from crp.visualization.mining.loading import read_batches
 from crp.visualization.mining.output_layers import OutputLayer
@@ -42,7 +41,7 @@ def mine_ranges(
     indices = (range(begin, end) for begin, end, _ in batches)
     pin = job.device.type == "cuda" and job.encoded is None  # (files differ in size, and the decoder copies them)
     loaded = read_batches(job.dataset, indices, job.options.num_workers, pin=pin)
-    state = _MiningState.of(job)
+    state = _MiningState(job)
     with ShardWriter() as writer:
         shards = Shards(writer, job, folder, progress)
         begun: deque[tuple[int, int, bool, Callable[[ShardRows], None]]] = deque()
@@ -75,29 +74,15 @@ def _get_batches(job: Job, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[
                 start = last
 
 
-@dataclass(frozen=True)
 class _MiningState:
     """What all batches share."""
 
-    units: Units
-    transfers: Transfers
-    scoring: Scoring
-    preparation: Preparation | None
-    filling: Filling | None
-    decoder: Decoder | None
-    output_layer: OutputLayer
-
-    @classmethod
-    def of(cls, job: Job) -> _MiningState:
-        return cls(
-            Units(job),
-            Transfers(job.device),
-            Scoring(job),
-            None if job.options.preprocess is None else Preparation(job.options.preprocess),
-            None if job.texts is None else Filling(job.texts, job.attribution, job.device),
-            None if job.encoded is None else job.encoded.decoder(),
-            OutputLayer(job),
-        )
+    def __init__(self, job: Job) -> None:
+        self.units, self.scoring, self.output_layer = Units(job), Scoring(job), OutputLayer(job)
+        self.transfers = Transfers(job.device)
+        self.preparation = None if job.options.preprocess is None else Preparation(job.options.preprocess)
+        self.filling = None if job.texts is None else Filling(job.texts, job.attribution, job.device)
+        self.decoder = None if job.encoded is None else job.encoded.decoder()
 
 
 @dataclass

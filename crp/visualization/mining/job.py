@@ -32,7 +32,7 @@ from crp.visualization.mining.axes import check_axes
 from crp.visualization.mining.datasets import SampleError, indexed, read
 from crp.visualization.mining.encoded import Encoded, encoded_in, files_of, on_device
 from crp.visualization.mining.identity import probe
-from crp.visualization.mining.recipe import fingerprint_attribution, make_recipe
+from crp.visualization.mining.recipe import _precision, fingerprint_attribution, make_recipe
 from crp.visualization.mining.targets import Targets, check_has, count_outputs, parse_targets
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
@@ -325,6 +325,8 @@ def _header(
         make["targets"] = lambda: fingerprint(targets)
     if mark := fingerprint_attribution(attribution):
         make["attribution"] = lambda: mark
+    if words := _precision(attribution):
+        make["precision"] = lambda: fingerprint(words)
     if attribution.output is not None:
         make["output"] = lambda: fingerprint(attribution.output)
     if (encoded := encoded_in(dataset)) is not None:

@@ -64,6 +64,8 @@ def make_recipe(
     }
     if fingerprint_attribution(attribution):
         recipe["attribution"] = _name(attribution)
+    if precision := _precision(attribution):
+        recipe["precision"] = precision
     if attribution.output is not None:
         recipe["output"] = {"function": in_words(attribution.output), "exclusive": attribution.exclusive}
     encoded = encoded_in(dataset)
@@ -84,6 +86,12 @@ def fingerprint_attribution(attribution: CondAttribution) -> str:
     usual = CondAttribution(torch.nn.Identity())
     own = {name: value for name, value in vars(attribution).items() if name not in vars(usual)}
     return fingerprint((type(attribution), own)) if own or type(attribution) is not CondAttribution else ""
+
+
+def _precision(attribution: CondAttribution) -> str:
+    """In which numbers torch computes in place of the model's own; empty if it does not."""
+    kind = attribution.device.type
+    return f"autocast to {torch.get_autocast_dtype(kind)}" if torch.is_autocast_enabled(kind) else ""
 
 
 def in_words(value: Any, depth: int = 0) -> Any:

@@ -141,10 +141,7 @@ def _mine_all(job: Job, start: int, stop: int, client: Any = None) -> Table:
         table.clean()
         _tell_damaged(table.drop_damaged())
         table.adopt()
-        before = table.coverage(start, stop)
-        todo = before.missing
-        if job.options.retry_skipped:
-            todo = sorted(todo + _with_skipped(table.shards, start, stop))
+        before, todo = table.coverage(start, stop), _to_mine(job, table, start, stop)
         write = mine_ranges if client is None else partial(_mine_on_dask, client)
         try:
             with _bar(job, todo, start, stop) as bar:
@@ -175,9 +172,7 @@ def _mine_part(job: Job, start: int, stop: int, part: tuple[int, int]) -> Table:
         _tell_damaged(problems.values())
         sound = [shard for shard in table.shards if shard.file not in problems]
         listed = Table(table.path, table.header, [*sound, *table.unlisted()])
-        todo = listed.coverage(start, stop).missing
-        if job.options.retry_skipped:
-            todo = sorted(todo + _with_skipped(listed.shards, start, stop))
+        todo = _to_mine(job, listed, start, stop)
         units = [unit for unit in _split(todo, job.shard_size) if unit[0] // job.shard_size % n == number]
         own = [unit for unit in _split([(start, stop)], job.shard_size) if unit[0] // job.shard_size % n == number]
         with _bar(job, units, 0, sum(b - a for a, b in own)) as bar:
@@ -226,7 +221,7 @@ def merge(path: str | Path, *others: str | Path) -> Table:
         make_own_folder(path / "shards")
         for source in sources:
             for shard in [*source.shards, *source.unlisted()]:
-                if not (path / "shards" / shard.file).exists():
+                if table.problems([shard]):  # (it is not there, or damaged)
                     check_shard(source.path / "shards", shard)
                     write_atomic(path / "shards" / shard.file, (source.path / "shards" / shard.file).read_bytes())
         table.adopt()
@@ -288,8 +283,11 @@ def _tell_damaged(problems: Iterable[str]) -> None:
         warn(f"{problem.partition(';')[0]}; its samples are mined again")
 
 
-def _with_skipped(shards: Iterable[ShardRecord], start: int, stop: int) -> list[tuple[int, int]]:
-    return [(shard.start, shard.stop) for shard in shards if any(start <= i < stop for i in shard.skipped)]
+def _to_mine(job: Job, table: Table, start: int, stop: int) -> list[tuple[int, int]]:
+    """Ranges that are missing, and on demand those of shards with skipped samples."""
+    skipping = [shard for shard in table.shards if any(start <= i < stop for i in shard.skipped)]
+    again = [(shard.start, shard.stop) for shard in skipping if job.options.retry_skipped]
+    return sorted(table.coverage(start, stop).missing + again)
 
 
 def _split(ranges: Ranges, size: int) -> Iterator[tuple[int, int]]:

@@ -139,17 +139,15 @@ def list_layers(model: nn.Module, data: Any, n: int = 4) -> list[LayerShape]:
                     pooled.append(output)
                 elif output.dim() == 4 and min(output.shape[2:]) > 1 and not any(output is one for one in pooled):
                     maps[name] = found[name][1]
-                elif output.dim() == 3 and not isinstance(module, nn.Softmax) and "activation" in _home(module):
+                elif (
+                    output.dim() == 3 and not isinstance(module, nn.Softmax) and "activation" in type(module).__module__
+                ):
                     neurons.append(name)
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
-    try:
+    with hooked({module: note(name) for name, module in model.named_modules() if name}):
         model(**data) if isinstance(data, dict) else model(data)
-    finally:
-        for handle in handles:
-            handle.remove()
     maps = {name: shape for name, shape in maps.items() if name not in repeated}
     neurons = [name for name in neurons if name not in repeated]
     axes = channel_axes(model, data, maps)
@@ -160,11 +158,6 @@ def list_layers(model: nn.Module, data: Any, n: int = 4) -> list[LayerShape]:
     suggested = neurons if neurons and len(last) < 2 else last.values()
     chosen = set(sorted(suggested, key=list(found).index)[-n:])
     return [LayerShape(name, kind, shape, name in chosen) for name, (kind, shape) in found.items()]
-
-
-def _home(module: nn.Module) -> str:
-    """Where a module's type is defined, such as ``torch.nn.modules.activation``."""
-    return type(module).__module__
 
 
 def _kinds(module: nn.Module) -> set[str]:

@@ -169,23 +169,10 @@ def record_activations(
     layers: Sequence[str],
     on_device: torch.device | str | None = None,
 ) -> tuple[dict[str, Tensor], Any]:
-    """Outputs of layers for every sample, by the forward pass alone, and what the model returns.
+    """Outputs of layers for every sample, by the forward pass alone, and what would be explained.
 
-    Parameters
-    ----------
-    attribution : CondAttribution
-    asked : Asked
-    composite : zennit.core.Composite or None
-        Its canonizers may change what layers give.
-    layers : sequence of str
-    on_device : torch.device or str, optional
-
-    Returns
-    -------
-    activations : dict of str to Tensor of shape (samples, ...)
-        Without layers that the forward pass does not use.
-    output : Tensor or None
-        What would be explained; None where the model returns no such tensor.
+    There are none of layers that the forward pass does not use, and None where the model returns no such tensor. The
+    composite's canonizers may change what layers give.
     """
     returned: list[Any] = []
 

@@ -70,14 +70,7 @@ def pack(tensors: Mapping[str, Tensor]) -> Package:
 
 
 class Fetched:
-    """Tensors on their way to the host.
-
-    Parameters
-    ----------
-    transfers : Transfers
-        Where the wait is counted.
-    packages : sequence of Package
-    """
+    """Tensors on their way to the host; the wait for them is counted by ``transfers``."""
 
     def __init__(self, transfers: Transfers, packages: Sequence[Package]) -> None:
         self._transfers = transfers

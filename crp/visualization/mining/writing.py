@@ -67,14 +67,7 @@ class ShardWriter:
 class Shards:
     """Puts batches into shards, one after the other, and has shards written that are full or at their end.
 
-    Parameters
-    ----------
-    writer : ShardWriter
-    job : Job
-    folder : Path
-        ``<table>/shards``.
-    progress : callable, optional
-        Function of the number of samples that were added.
+    ``progress`` is called with the number of samples that were added.
     """
 
     def __init__(

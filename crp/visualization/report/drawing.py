@@ -87,19 +87,7 @@ class Drawn(NamedTuple):
 
 
 class Drawer(ABC):
-    """Drawer of a report's files.
-
-    Parameters
-    ----------
-    fv : FeatureVisualization
-    composite : zennit Composite or None
-    layers : sequence of str
-        From the input to the output.
-    folder : Path
-    identity : str
-        What every heatmap depends on: model, data, composite.
-    options : ReportOptions
-    """
+    """Drawer of a report's files; ``identity`` is what every heatmap depends on, layers ascend to the output."""
 
     #: Whether samples are pictures, and what a sample and a target are called.
     pictures = True

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from crp.errors import NameNotFoundError
 from crp.visualization.analysis import RowSelection, similarity
 from crp.visualization.references import once_each
 from crp.visualization.table.manifest import Array
@@ -136,6 +137,14 @@ class LayerFacts:
         return References(relevant, active, negative[: n["negative"]])
 
 
+def _chosen(targets: Sequence[int], classes: Sequence[int] | None) -> list[int]:
+    """Classes that are asked for, all by default; a `KeyError` names one that was not mined."""
+    for target in classes or ():
+        if target not in targets:
+            raise NameNotFoundError(f"no sample of class {target!r} was mined; the classes are {list(targets)}")
+    return list(targets) if classes is None else list(classes)
+
+
 def _main_kind(table: Table) -> str:
     """Sum over positions, by which shares are told; the largest value where there is no sum."""
     return "sum" if "sum" in table.kinds else table.kinds[0]
@@ -152,14 +161,8 @@ def _listed(best: ReferenceSamples | None, concept: int, n: int) -> list[Referen
 def get_facts(table: Table, layer: str, questions: dict[str, Question], n: dict[str, int]) -> LayerFacts:
     """Ask a table about a layer; answers that take long are kept beside the table.
 
-    Parameters
-    ----------
-    table : Table
-    layer : str
-    questions : mapping of mode to Question
-        By what references are ranked.
-    n : mapping of mode to int
-        Number of references; for ``"negative"``, of the samples in which relevance is most negative.
+    Of each mode, questions say by what references are ranked, and ``n`` how many there are; ``n["negative"]`` of those
+    in which relevance is most negative.
     """
     best: dict[str, ReferenceSamples] = {}
     histograms = {}

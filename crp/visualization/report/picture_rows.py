@@ -30,14 +30,7 @@ _Heatmap = tuple[Array, Drawn]
 
 
 class PictureRows:
-    """What computes rows of pictures.
-
-    Parameters
-    ----------
-    drawer : Drawer
-    data : callable
-        Picture of a sample, (channels, height, width).
-    """
+    """What computes rows of pictures; ``data`` gives that of a sample, (channels, height, width)."""
 
     def __init__(self, drawer: Drawer, data: Callable[[int], Tensor]) -> None:
         self._drawer, self._data = drawer, data

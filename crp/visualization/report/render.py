@@ -32,14 +32,7 @@ _TYPES = {".webp": "image/webp", ".png": "image/png"}
 class Renderer:
     """Renderer of pages into a folder.
 
-    Parameters
-    ----------
-    folder : Path
-    footer : str
-    pixelated : bool
-        Whether pictures are smaller than on the screen.
-    pictures : bool
-        Whether pages show pictures, and not texts.
+    They show pictures, or else texts; where these are ``pixelated``, they are smaller than on the screen.
     """
 
     single = False
@@ -151,14 +144,9 @@ class Renderer:
 
 
 class SingleRenderer(Renderer):
-    """Renderer of all pages into one file, in which a page is shown when its address is asked for.
+    """Renderer of all pages into one file at ``path``, in which a page is shown when its address is asked for.
 
-    Parameters
-    ----------
-    folder, footer, pixelated, pictures
-        As in `Renderer`; pictures and heatmaps are in the folder.
-    path, title : Path, and str
-        The file, and its title.
+    Pictures and heatmaps are in the folder.
     """
 
     single = True

@@ -21,18 +21,7 @@ def write_search(
     concept_names: Mapping[tuple[str, int], str],
     meanings: Mapping[tuple[str, int], str],
 ) -> None:
-    """Render the page.
-
-    Parameters
-    ----------
-    renderer : Renderer
-    addresses : Addresses
-    facts : mapping of layer to LayerFacts
-    class_names, sample_names : mapping of int to str
-        Of all classes and samples that have a page.
-    concept_names, meanings : mapping of (layer, concept) to str
-        What concepts are called, and what is found to describe them.
-    """
+    """Render the page; names are of all classes and samples that have one, ``meanings`` are what describes concepts."""
     to = ("#{}" if renderer.single else "{}").format  # (the page is beside the first one)
     index = {
         "layers": [

@@ -28,7 +28,7 @@ from crp.concepts.reading import code_of
 from crp.errors import InputError, InputTypeError
 from crp.image.texts import readable
 from crp.visualization.feature import FeatureVisualization
-from crp.visualization.report.facts import _main_kind
+from crp.visualization.report.facts import _chosen, _main_kind
 from crp.visualization.table.manifest import Array, Block
 from crp.visualization.table.ranking import list_targets
 from crp.visualization.table.store import Table
@@ -116,13 +116,13 @@ def find_suspects(
     Raises
     ------
     KeyError
-        If a layer was not mined.
+        If a layer or a class was not mined.
     ValueError
         If a layer holds values outside of the space that is given for it.
     """
     fv, place = (table, table.path) if isinstance(table, FeatureVisualization) else (None, table)
     table = Table.open(place)
-    targets = list_targets(table).tolist() if targets is None else targets
+    targets = _chosen(list_targets(table).tolist(), targets)
     check_number("n", n, 1, whole=True)
     if spaces is None and fv is not None:
         fv._lookup(next(iter(table.layers)), "relevance", (0, 1))  # (refuses another model or dataset)
@@ -336,7 +336,12 @@ def _divergence(one: Array, other: Array) -> Array:
 
 def _words(cell: int, grid: tuple[int, int]) -> str:
     row, column = divmod(cell, grid[1])
+    if grid[0] == 1:
+        inside = f"in column {column + 1} of {grid[1]}"
+        return "on the left" if column == 0 else "on the right" if column == grid[1] - 1 else inside
     vertical = "at the top" if row == 0 else "at the bottom" if row == grid[0] - 1 else f"in row {row + 1} of {grid[0]}"
+    if grid[1] == 1:
+        return vertical
     if column == 0:
         return f"{vertical} left"
     if column == grid[1] - 1:

@@ -220,19 +220,15 @@ class TextDrawer(Drawer):
 
     def missing(self, table: Table) -> list[tuple[str, str]]:
         """What pages do not show of this table, and why."""
-        without = [layer for layer in self.layers if layer not in self._layers_of_tokens]
-        reason = f"{', '.join(without)}: its values are of a whole text, so that no token is underlined"
-        return [
-            *super().missing(table),
-            ("Mean of a class", "tokens of different texts have no place in common"),
-            ("Maximized pictures", "a token is a whole number, which no gradient can change little by little"),
-            *(
-                []
-                if self.has_labels(table)
-                else [("Right and wrong", "labels of these texts were not what was explained")]
-            ),
-            *([("Strongest tokens and suspects", reason)] if without else []),
-        ]
+        found = super().missing(table)
+        found.append(("Mean of a class", "tokens of different texts have no place in common"))
+        found.append(("Maximized pictures", "a token is a whole number, which no gradient can change little by little"))
+        if not self.has_labels(table):
+            found.append(("Right and wrong", "labels of these texts were not what was explained"))
+        if without := [layer for layer in self.layers if layer not in self._layers_of_tokens]:
+            reason = f"{', '.join(without)}: its values are of a whole text, so that no token is underlined"
+            found.append(("Strongest tokens and suspects", reason))
+        return found
 
     def has_labels(self, table: Table) -> bool:
         """Whether labels are what is predicted; those of a text with a position are so where they were explained."""

@@ -46,15 +46,7 @@ class Unfinished:
     """Heatmaps of some files that are drawn together.
 
     A context: what is not written yet is written when it is left by an error, such as an interruption; without one,
-    all files are complete, and what was written is deleted, unless others need it.
-
-    Parameters
-    ----------
-    folder : Path
-        Of the heatmaps' files.
-    jobs : iterable of HeatmapFile
-    shared : bool
-        Whether another process completes the files.
+    all files are complete, and what was written is deleted, unless it is ``shared`` with a process that completes them.
     """
 
     def __init__(self, folder: Path, jobs: Iterable[HeatmapFile], shared: bool) -> None:

@@ -26,7 +26,7 @@ from crp.visualization.mining.recipe import fingerprint_attribution
 from crp.visualization.report.addresses import Addresses, is_one_file
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Drawer, Row
-from crp.visualization.report.facts import LayerFacts, References, concepts_of_samples, get_facts
+from crp.visualization.report.facts import LayerFacts, References, _chosen, concepts_of_samples, get_facts
 from crp.visualization.report.first_page import first_page
 from crp.visualization.report.folder import claim, remove_others
 from crp.visualization.report.kept import KeptResults, get_kept
@@ -114,7 +114,7 @@ def _write(
     layers = fv.in_call_order(layers, int(table.rows().sample[0]))
     targets = list_targets(table).tolist()
     names = _names(fv, table, targets, options.class_names)
-    shown = _shown(targets, options.classes)
+    shown = _chosen(targets, options.classes)
     _check_said(options, targets, table, layers)
     check_can_be_shown(fv, options.n_maximized)
     questions = {"relevance": fv.RelMax.question, "activation": fv.ActMax.question}
@@ -264,13 +264,6 @@ def _names(
     if nameless := [target for target in targets if target not in known]:
         raise InputError(f"class_names has {counted(len(known), 'name')}, and none for the classes {nameless}")
     return {target: str(known[target]) for target in known}
-
-
-def _shown(targets: Sequence[int], classes: Sequence[int] | None) -> list[int]:
-    for target in classes or ():
-        if target not in targets:
-            raise NameNotFoundError(f"no sample of class {target!r} was mined; the classes are {list(targets)}")
-    return list(targets) if classes is None else list(classes)
 
 
 def _check_said(options: ReportOptions, targets: Sequence[int], table: Table, layers: Sequence[str]) -> None:

@@ -22,6 +22,8 @@ from crp.visualization.table.manifest import TableCorruptError
 _AT_ONCE = 1024
 #: Bytes that are read at once.
 _BLOCK = 8 << 20
+#: Errors of systems that sync no folders, as network drives, and of folders in which one may write and not look.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 _KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a folder",
@@ -33,7 +35,7 @@ _KINDS = {
 }
 
 
-def as_folder(path: object) -> Path:
+def _as_folder(path: object) -> Path:
     """Folder in which a table is asked for; a `TypeError` if it is no path."""
     if not isinstance(path, str | os.PathLike):
         raise InputTypeError(f"a table is given as Table.open(folder), or as its folder, such as fv.path; not {path!r}")
@@ -53,15 +55,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_hashed(folder: Path, content: Iterable[bytes | memoryview], name: Callable[[str], str]) -> tuple[Path, str]:
-    """Write a file as `write_atomic` does, of many pieces; its name follows from its sha256, which is given, too.
-
-    Parameters
-    ----------
-    folder : Path
-    content : iterable of bytes or memoryview
-    name : callable
-        Name of the file, of the sha256.
-    """
+    """Write a file as `write_atomic` does, of many pieces; its name is that of its sha256, which is given, too."""
     found: list[str] = []
 
     def named(temporary: Path) -> Path:
@@ -163,11 +157,15 @@ def _write(path: Path, content: Iterable[bytes | memoryview], named: Callable[[P
         temporary.unlink(missing_ok=True)
         raise
     if os.name != "nt":  # the rename is safe once the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
     return path
 
 

@@ -24,7 +24,7 @@ from crp.flags import check_flags
 from crp.layers import LayerNotFoundError
 from crp.visualization.table.columns import SampleColumns, _class_number, join_columns, read_columns, sample_numbers
 from crp.visualization.table.document import decode, encode
-from crp.visualization.table.files import as_folder, check_file, check_folder, make_own_folder, read_file, write_atomic
+from crp.visualization.table.files import _as_folder, check_file, check_folder, make_own_folder, read_file, write_atomic
 from crp.visualization.table.lock import TableLockedError as TableLockedError
 from crp.visualization.table.manifest import (
     DERIVED,
@@ -70,7 +70,7 @@ class Table:
     @staticmethod
     def exists(path: str | Path) -> bool:
         """Whether a folder holds a table, or something in the place of its manifest."""
-        return os.path.lexists(as_folder(path) / "manifest.json")
+        return os.path.lexists(_as_folder(path) / "manifest.json")
 
     @classmethod
     def open(cls, path: str | Path | Table) -> Table:
@@ -87,7 +87,7 @@ class Table:
         """
         if isinstance(path, Table):
             return path
-        manifest = as_folder(path) / "manifest.json"
+        manifest = _as_folder(path) / "manifest.json"
         try:
             text = read_file(manifest)
         except (FileNotFoundError, NotADirectoryError):
@@ -111,7 +111,7 @@ class Table:
     @staticmethod
     def discard(path: str | Path) -> None:
         """Delete the table in a folder, if there is one, and nothing else."""
-        manifest = as_folder(path) / "manifest.json"
+        manifest = _as_folder(path) / "manifest.json"
         if manifest.is_dir() and not manifest.is_symlink():
             check_file(manifest)
         manifest.unlink(missing_ok=True)
