@@ -25,7 +25,6 @@ from crp.layers import LayerNotFoundError
 from crp.notices import warn
 from crp.visualization import references as refs
 from crp.visualization.cache import Cache, from_cache
-from crp.visualization.mining.recipe import fingerprint_attribution
 from crp.visualization.references import ConceptId, PictureRequest, PlotFn
 from crp.visualization.samples import SampleAccess
 from crp.visualization.table.question import Answers, Question, TableAnswers
@@ -397,4 +396,4 @@ class ReferenceQueries(SampleAccess):
         """Name of a plot function with a digest of all that its pictures depend on, except the composite."""
         question, answers = self._answers(mode, per_class=False)
         content = [self._identity(), self._concept(layer), answers.content(question, layer), question, dict(options)]
-        return refs.plot_name(plot_fn, [*content, *filter(None, [fingerprint_attribution(self.attribution)])])
+        return refs.plot_name(plot_fn, [*content, *filter(None, [self.attribution_fingerprint()])])

@@ -21,6 +21,7 @@ from crp.visualization.mining.encoded import files_of, on_device
 from crp.visualization.mining.identity import check_dataset
 from crp.visualization.mining.marks import Source, source_of
 from crp.visualization.mining.preparation import Preparation
+from crp.visualization.mining.recipe import fingerprint_attribution
 from crp.visualization.mining.targets import count_outputs
 from crp.visualization.mining.text_batches import Asked
 from crp.visualization.mining.texts import Texts, texts_in
@@ -42,6 +43,14 @@ class SampleAccess:
     def preprocess_data(self, data: Tensor) -> Tensor:
         """Prepare samples of shape (samples, ...) for the model: apply ``preprocess_fn``."""
         return self.preprocess_fn(data) if callable(self.preprocess_fn) else data
+
+    def file_of(self, index: int) -> str:
+        """Name of a sample's file in the dataset's folder; ``""`` where the dataset does not tell it."""
+        return getattr(source_of(self.dataset, index), "name", "")
+
+    def attribution_fingerprint(self) -> str:
+        """Of an attribution of one's own; empty for a plain `CondAttribution`."""
+        return fingerprint_attribution(self.attribution)
 
     def _prepare_each(self, data: Tensor) -> Tensor:
         """Prepare each of some samples by itself, as mining does: of a batch, a function might look at all of it."""

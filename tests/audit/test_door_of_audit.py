@@ -109,7 +109,7 @@ WRONG = {
     ),
     "context of one target": (
         lambda m: context_scores(CondAttribution(m), DATA, 0, None, "0", ChannelConcept(), [0], DATA[:, 0] > 0),
-        "1 targets and 3 masks are given for 3 samples",
+        "targets must be one for each sample, not an int",
     ),
     "effect on a model": (
         lambda m: effect(m, DATA, [0] * 3, None, project(m, "0", [1.0, 0, 0, 0]), "0", ChannelConcept(), [0]),
@@ -126,7 +126,7 @@ WRONG = {
     ),
     "references of no visualization": (
         lambda m: embed_references(m, "0", [0], torch.flatten),
-        "fv must be a FeatureVisualization, not Sequ",
+        "fv must be a FeatureVisualization, not a Sequ",
     ),
     "no clusters": (lambda m: save_clusters("table", None, "0", 0), "found must be what clusters.* gives, not None"),
     "no clusters named": (lambda m: with_concepts("table", [1], "0", 0), "found must be what clusters.* not a list"),

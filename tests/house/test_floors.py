@@ -48,41 +48,41 @@ IMPORT_NAMES = FLOORS[7]
 BUDGETS = {
     "attribution": 388,
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
-    "attributors": 3316,
+    "attributors": 3314,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
-    "audit": 2733,
+    "audit": 2699,
     "canonizers": 866,
     "commands": 2462,
     "compat": 946,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3960,
+    "composites": 3963,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
-    "concepts": 2053,
+    "concepts": 2044,
     "demo": 891,
     # (whether a model predicts each sample by itself; basic hooks of zennit for many rows)
-    "engine": 6300,
+    "engine": 6299,
     "image": 1528,
     # (names of layers that mean what they are called with; kernels of all rooms are looked up here; marks of tensors)
     "layers": 1608,
     "outputs": 393,
     "metrics": 1131,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 8212,
+    "rules": 8250,
     # (along which axis the channels of a layer are)
-    "trace": 1305,
+    "trace": 1294,
     "types": 158,
     # (maximized pictures are kept for the pages of their concepts; --output by words; maximized
     # pictures by the report, where they are missing; models made for the classes of their checkpoint; models of Hugging
-    "visualization": 4846,
-    "visualization.mining": 4250,
+    "visualization": 4820,
+    "visualization.mining": 4209,
     # (rows of a sample share its forward pass, concepts of a layer are drawn together, and are kept meanwhile; how
     # active directions are; margins of pictures; which composite shares are by)
-    "visualization.report": 4612,
+    "visualization.report": 4557,
     # (the manifest of version 2 with its checksum, what a shard must hold, files that are never followed, and columns
     # about samples; results such as prototypes that are kept beside it; the source of functions as a syntax tree)
-    "visualization.table": 2682,
+    "visualization.table": 2683,
 }
 #: Public names that two files define.
 DEFINED_TWICE = {"Gradient"}

@@ -538,6 +538,15 @@ def test_slugs_are_safe_and_differ(name):
 # ---- single file
 
 
+@pytest.mark.parametrize("layer", ["classes", "samples", "texts", "Classes", "a-part2"])
+def test_no_layer_has_the_place_of_something_else(layer: str) -> None:
+    found = Addresses(["a", layer])
+    own = {found.layer(layer), found.concept_maps(layer, 3), found.concept_maps(layer, 3).partition(f"/{3}")[0]}
+    others = {found.layer("a", 1), found.label_maps(3), "maps/classes", "maps/samples", "maps/texts"}
+    assert not {address.lower() for address in own} & others
+    assert found.layer("a") == "layer/a.html"
+
+
 def test_a_single_file_holds_each_picture_once(fv, tmp_path):
     path = write_report(fv, EpsilonPlus(), tmp_path / "r" / "report.html", verbose=False, n_references=2)
     assert path == tmp_path / "r" / "report.html"

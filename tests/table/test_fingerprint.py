@@ -7,6 +7,7 @@ import importlib
 import linecache
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torchvision.transforms import Compose, Normalize, Resize
 from zennit.canonizers import CompositeCanonizer, NamedMergeBatchNorm, SequentialMergeBatchNorm
 from zennit.composites import (
@@ -159,6 +161,35 @@ def test_models() -> None:
     prints = [fingerprint_model(model) for model in [*others, unsaved, renamed, scaled]]
     assert reference not in prints
     assert len(set(prints)) == len(prints)
+
+
+class Acting(nn.Module):
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Any) -> Any:
+        return self.act(x)
+
+
+def doubled(self: Any, x: Any) -> Any:
+    return 2 * x
+
+
+def with_forward(forward: Any) -> nn.Module:
+    model = nn.Sequential(nn.Identity())
+    model[0].forward = types.MethodType(forward, model[0])  # type: ignore[method-assign]
+    return model
+
+
+def test_functions_that_a_module_holds_count() -> None:
+    acts = [F.relu, torch.relu, torch.tanh, F.gelu, lambda x: x, lambda x: -x, nn.ReLU]
+    acts += [functools.partial(F.leaky_relu, negative_slope=slope) for slope in (0.1, 0.2)]
+    models = [Acting(act) for act in acts]
+    models += [nn.Sequential(nn.Identity()), with_forward(doubled), with_forward(Acting.forward)]
+    prints = [fingerprint_model(model) for model in models]
+    assert len(set(prints)) == len(prints)
+    assert prints[0] == fingerprint_model(Acting(F.relu)) and prints[-2] == fingerprint_model(with_forward(doubled))
 
 
 @pytest.mark.parametrize("piece", [1, 12, 1 << 30])

@@ -10,8 +10,8 @@ from pathlib import Path
 #: Folder of the heatmaps.
 HEATMAPS = "maps"
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]+")
-#: Names that Windows keeps for devices, also before a dot.
-_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+#: Names that Windows keeps for devices, also before a dot; and those of an atlas: folders of heatmaps, parts of pages.
+_TAKEN = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)|(classes|samples|texts|.*-part\d+)$", re.IGNORECASE)
 #: Longest name of a folder; hostile names may have any length.
 _LONGEST = 60
 
@@ -23,7 +23,7 @@ def slug(name: str) -> str:
     'layer4.2.relu'
     """
     safe = _UNSAFE.sub("-", name).strip(".-")[:_LONGEST]
-    if _DEVICES.match(safe):
+    if _TAKEN.match(safe):
         safe = f"x-{safe}"
     if safe == name and safe.lower() == name and safe:
         return safe

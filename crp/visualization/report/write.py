@@ -21,8 +21,6 @@ from zennit.core import Composite
 from crp.errors import InputError, InputTypeError, NameNotFoundError, OutOfRangeError
 from crp.visualization.feature import FeatureVisualization, table_of
 from crp.visualization.maximized import check_can_be_shown, keep_maximized
-from crp.visualization.mining.marks import source_of
-from crp.visualization.mining.recipe import fingerprint_attribution
 from crp.visualization.report.addresses import Addresses, is_one_file
 from crp.visualization.report.concept_pages import get_flow, write_concept, write_sample
 from crp.visualization.report.drawing import Drawer, Row
@@ -305,7 +303,7 @@ def _about_samples(
     names, labels, predictions = {}, {}, {}
     for sample in samples:
         row = rows[sample]
-        name = columns.source[row] or getattr(source_of(drawer.fv.dataset, sample), "name", "")
+        name = columns.source[row] or drawer.fv.file_of(sample)
         names[sample] = name or f"{drawer.sample_word} {sample}"
         if has_labels and isinstance(columns.label[row], int):
             labels[sample] = columns.label[row]
@@ -319,7 +317,7 @@ def _identity(fv: FeatureVisualization, table: Table, composite: Composite | Non
     """What every heatmap depends on."""
     known = {name: table.fingerprints.get(name) for name in ("model", "dataset", "preprocess", "layers")}
     known |= {name: mark for name, mark in table.fingerprints.items() if name == "output"}
-    known |= {"attribution": own} if (own := fingerprint_attribution(fv.attribution)) else {}
+    known |= {"attribution": own} if (own := fv.attribution_fingerprint()) else {}
     content = [known, None if composite is None else fingerprint_composite(composite)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -96,13 +96,7 @@ def _read(file: Any, path: Path) -> SampleColumns:
 
 
 def sample_numbers(samples: Iterable[int], n_samples: int) -> Array:
-    """Numbers of samples as an array, ascending and each once.
-
-    Raises
-    ------
-    TypeError, IndexError
-        If they are no whole numbers, or not of these samples.
-    """
+    """Numbers of samples as an array, ascending and each once; an error for what is none of these samples."""
     check_kind("samples", samples, Iterable, "numbers of samples")
     given = np.asarray(list(samples))
     if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):

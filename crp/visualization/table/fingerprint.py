@@ -40,6 +40,7 @@ _RUNTIME = frozenset({"stored_tensors", "tensor_handles", "handles", "hook_refs"
 _NOTES = {"MultiScaleRoIAlign": frozenset({"scales", "map_levels"})}
 #: Entries of a class of the user's own that count, and names of those that do not.
 _IN_CLASS = (types.FunctionType, staticmethod, classmethod, property, int, float, str, tuple)
+_CALLED = (types.FunctionType, types.BuiltinFunctionType, functools.partial, type)
 _CONTAINERS = (list, dict, set, frozenset, bytes, Tensor, np.ndarray, functools.partial)
 _ABOUT_CLASS = frozenset({"__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__"})
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
@@ -86,18 +87,8 @@ def fingerprint_composite(composite: Composite | None) -> str:
 def fingerprint_dataset(dataset: Any, samples: int = 8) -> str:
     """Fingerprint of a dataset: its class, its length, and the content of a few samples, evenly spread.
 
-    Parameters
-    ----------
-    dataset : Dataset
-        Anything with a length that gives samples by index.
-    samples : int
-        How many samples are read, twice each. Where the two differ, as with random augmentation, only their shape
-        counts; a sample that raises counts as that.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
+    Samples are read by index, twice each. Where the two differ, as with random augmentation, only their shape counts; a
+    sample that raises counts as that.
     """
     n = len(dataset)
     indices = sorted({int(i) for i in np.linspace(0, n - 1, min(n, samples))}) if n else []
@@ -252,7 +243,7 @@ class _Walk:
     def _module(self, module: nn.Module) -> bytes:
         kinds = {kind: self._kind(kind) for kind in {type(m) for m in module.modules()}}
         parts = [
-            self._all("module", [name, kinds[type(m)], _ADDRESS.sub("", m.extra_repr()), _settings(m)])
+            self._all("module", [name, kinds[type(m)], _ADDRESS.sub("", m.extra_repr()), _settings(m) | _functions(m)])
             for name, m in module.named_modules(remove_duplicate=False)
         ]
         state = {name: entry for name, entry in module.state_dict().items() if entry is not None}
@@ -332,6 +323,21 @@ def _settings(module: nn.Module) -> dict[str, object]:
 def _function_in(entry: Any) -> Any:
     """Function behind a static method, a class method or a property; any other entry of a class as it is."""
     return getattr(entry, "__func__", getattr(entry, "fget", entry))
+
+
+def _functions(module: nn.Module) -> dict[str, object]:
+    """Functions that a module holds, as an activation, or a method set on it: a library's own in a module of one's own.
+
+    (What a library's modules hold of a library is told by their settings.)
+    """
+    is_own, found = not _is_library(type(module).__module__), dict[str, object]()
+    for name, value in vars(module).items():
+        function = getattr(value, "__func__", value)
+        is_library = _is_library(getattr(function, "__module__", None))
+        if isinstance(function, _CALLED) and not name.startswith("_") and (is_own or not is_library):
+            known = getattr(function, "__qualname__", "")
+            found[name] = f"{function.__module__}.{known}" if is_library and known else function
+    return found
 
 
 def _is_plain(value: object) -> bool:
