@@ -100,7 +100,7 @@ class Target:
             isinstance(value, list | tuple) and value and all(isinstance(one, _PLACES) for one in value)
         ):
             return AtPlaces([value] if isinstance(value, _PLACES) else value)
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             value = torch.from_numpy(value.copy())  # (torch takes none that is read backward)
         if isinstance(value, Tensor) and value.is_floating_point():
             return Mask(value)
