@@ -24,6 +24,7 @@ from crp.checks import check_choice, check_number
 from crp.concepts.ids import as_numbers
 from crp.errors import InputError, OutOfRangeError
 from crp.flags import check_flags
+from crp.kinds import as_path
 from crp.visualization.analysis import RowSelection
 from crp.visualization.table.derived import keep_result
 from crp.visualization.table.store import Table
@@ -260,7 +261,7 @@ def export_corelay(
     import h5py
 
     _check_found(found, Clusters)
-    path = Path(path)
+    path = as_path("path", path)
     beside = path.with_name(f"{path.stem}.attribution{path.suffix}")
     given = {"attribution": heatmaps, "prediction": predictions, "label": labels}
     arrays = {

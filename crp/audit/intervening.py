@@ -22,6 +22,7 @@ from crp.engine.independence import check_independent
 from crp.engine.inputs import Inputs, check_data
 from crp.engine.taps import changed_at, check_changed_once
 from crp.errors import InputError, OutOfRangeError
+from crp.kinds import check_kind
 from crp.visualization.without import kept_part
 
 
@@ -44,6 +45,7 @@ def part_of(concept: Concept, activation: Tensor, concept_ids: Any, layer_name: 
     Tensor of shape (rows, *layer shape)
     """
     check_is_concept("concept", concept)
+    check_kind("activation", activation, Tensor, "a tensor")
     return kept_part([concept.mask(row, concept_ids, layer_name) for row in range(len(activation))], activation)
 
 

@@ -221,7 +221,7 @@ class SeeingMode(TorchFunctionMode):
     def _parts(self, op: Operation, below: Note | None) -> Any:
         """What is remembered of a call, by what is of its operands."""
         notes = [note for note in map(self.notes.of, op.inputs) if note is not None and note.parts is not None]
-        is_whole = len(op.inputs) == 1 or op.known.canonical == "stack" or below is not None
+        is_whole = len(op.inputs) == 1 or op.known.canonical in ("cat", "stack") or below is not None
         moves_a_gate = bool(op.flags & Born.GATING) and "copies" in op.known.properties
         begins = is_whole and (op.known.canonical in BEGINNING or moves_a_gate)
         is_masked = not notes and "elementwise" in op.known.properties and any(map(self._is_mask_of_data, op.args))

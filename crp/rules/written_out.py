@@ -112,6 +112,18 @@ def _while(add: object, is_on: Callable[..., Any], step: Callable[..., Any], car
     return carried
 
 
+def _side_by_side(axis: int, dims: int, at_least: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """`torch.vstack` and the like: tensors of so many axes, at least, side by side along one."""
+
+    def place(add: object, tensors: Sequence[Tensor], **out: Any) -> Tensor:
+        if all(tensor.dim() == dims - 1 for tensor in tensors):
+            return torch.stack(tensors, min(axis, dims - 1), **out)  # type: ignore[arg-type]
+        several = [tensor if tensor.dim() >= dims else at_least(tensor) for tensor in tensors]
+        return torch.cat(several, min(axis, several[0].dim() - 1), **out)
+
+    return place
+
+
 #: By name of the function; they give NotImplemented for arguments for which they are not written.
 WRITTEN_OUT: dict[str, Callable[..., Any]] = {
     "var": _variance,
@@ -132,6 +144,10 @@ STEPS: dict[str, Callable[..., Any]] = {
     "cond": lambda add, is_so, then, otherwise, operands=(): (then if is_so else otherwise)(*operands),
     "while_loop": _while,
     "embedding_bag": _bag,
+    **dict.fromkeys(("row_stack", "vstack"), _side_by_side(0, 2, torch.atleast_2d)),
+    "hstack": _side_by_side(1, 1, torch.atleast_1d),
+    "dstack": _side_by_side(2, 3, torch.atleast_3d),
+    "column_stack": _side_by_side(1, 2, lambda tensor: tensor.reshape(-1, 1)),
     "cosine_similarity": lambda add, x1, x2, dim=1, eps=1e-8: _cosine(x1, x2, {"dim": dim, "eps": eps}),
     **{name: lambda add, *args, steps=steps, **keywords: steps(*args, **keywords) for name, steps in RECURRENT.items()},
 }

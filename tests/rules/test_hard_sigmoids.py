@@ -167,6 +167,14 @@ ORDER = torch.tensor([3, 0, 1, 5, 2, 4])
 #: Functions of one tensor by softmax, beside numbers or what else is made of it; and by numbers beside exponentials.
 BY_EXPONENTIALS = {
     "one": (torch.sigmoid, lambda a: torch.softmax(torch.stack([a, torch.zeros_like(a)], -1), -1)[..., 0]),
+    "rows": (torch.sigmoid, lambda a: torch.vstack([a[None], 0 * a[None]]).softmax(0)[0]),
+    "hstack": (torch.sigmoid, lambda a: torch.hstack([a[:, None], 0 * a[:, None]]).softmax(1)[:, 0]),
+    "dstack": (torch.sigmoid, lambda a: torch.dstack([a, 0 * a]).softmax(-1)[..., 0]),
+    "column_stack": (
+        torch.sigmoid,
+        lambda a: torch.stack([torch.column_stack([row, 0 * row]).softmax(1)[:, 0] for row in a]),
+    ),
+    "cat": (torch.sigmoid, lambda a: torch.cat([a[None], 0 * a[None]]).softmax(0)[0]),
     "halves": (torch.sigmoid, lambda a: torch.stack([-a / 2, a / 2]).softmax(0)[1]),
     "columns": (torch.sigmoid, lambda a: torch.cat([a[..., None], ZERO.expand(3, 6, 1)], -1).softmax(-1).select(-1, 0)),
     "padded": (torch.sigmoid, lambda a: F.pad(a[..., None], (1, 0)).softmax(-1)[..., 1]),

@@ -125,6 +125,21 @@ def test_rows_of_a_table_that_are_scaled_in_place_are_refused():
         maps(net, numbers(2, 6), EpsilonPlus())
 
 
+@pytest.mark.parametrize("function", [torch.vstack, torch.hstack, torch.dstack, torch.column_stack, torch.row_stack])
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+def test_tensors_side_by_side_are_as_torch_puts_them(function, dims):
+    x = numbers(2, 6)
+
+    def placed(x):
+        tensors = [row.view(1, 2, 3)[(0,) * (3 - dims)] for row in x] if dims else [x[0, 0], x[1, 1]]
+        return function(tensors)
+
+    composite, net = EpsilonPlus(), seeded(Net(lambda s, x: placed(s.fc(x)), fc=nn.Linear(6, 6)))
+    with composite.context(net):
+        found = net(x.clone().requires_grad_())
+    torch.testing.assert_close(found.detach(), net(x).detach(), rtol=1e-12, atol=0)
+
+
 def by_branch(s, h):
     return torch.cond(h.sum() > 0, lambda h: s.inner(h).tanh(), lambda h: h * 2, (h,))
 

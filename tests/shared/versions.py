@@ -18,6 +18,7 @@ NEWER = {
         "rules/test_attention.py::test_grouped_heads",
         "rules/test_attention.py::test_fused_kernels_stay_fused",
         "rules/test_fused.py::test_kernels_by_the_interpreter",
+        "rules/test_written_out.py::test_branches_and_loops_are_what_they_run",
         *(
             f"rules/test_attention.py::{test}[{way}-{case}"
             for way in ("constant", "split")

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import crp
 from crp.attribution import CondAttribution
 from crp.audit import (
+    Clusters,
     audit,
     collect,
     embed_references,
+    export_corelay,
     inside_boxes,
     intervene,
     part_of,
@@ -152,7 +154,8 @@ OF_ANOTHER_KIND: dict[str, tuple[Callable[..., Any], str]] = {
     "no layer": (lambda: relevance_in(CONCEPT, RESULT, ["1"]), r"layer \['1'\] was not recorded"),
     "no scores": (lambda: CONCEPT.scores([1.0]), "what layer None gives must be a tensor, not a list"),
     "no clusters": (lambda: save_clusters("x", None, "1", 0), r"found must be what clusters\(.*\) gives, not None"),
-    "no audit": (lambda: save_audit("x", None, []), r"found must be what prototypes\(table, ...\) gives, not None"),
+    "no activation": (lambda: part_of(CONCEPT, None, [0]), "activation must be a tensor, not None"),
+    "no audit": (lambda: save_audit("x", None, []), r"found must be what prototypes\(.*\) gives, not None"),
     "no list of layers": (lambda: trace_model_graph(NET, PICTURES, None), "layer_names must be a list of layers"),
     "no names of layers": (lambda: trace_model_graph(NET, PICTURES, [3]), "a layer must be named as in .*, not an int"),
     "no shape of boxes": (lambda: inside_boxes(torch.ones(1, 4), 3), "shape must be a height and a width, not an int"),
@@ -219,6 +222,13 @@ def test_a_table_and_pictures_are_asked_in_words(tmp_path: Path) -> None:
     for message, call in calls.items():
         with pytest.raises(CRPError, match=message):
             call()
+
+
+def test_clusters_are_written_to_a_path() -> None:
+    pytest.importorskip("h5py")
+    nothing = np.zeros(0)
+    with pytest.raises(CRPError, match=r"path must be a path, .*, not None"):
+        export_corelay(None, Clusters(nothing, nothing, nothing, nothing, 0.0, nothing, 0))  # type: ignore[arg-type]
 
 
 NETS_IN_PLACE: dict[str, Callable[[], Any]] = {
