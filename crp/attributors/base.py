@@ -319,7 +319,7 @@ class _Explained(CondAttribution):
 def _target(target: Any) -> Target:
     if target is None:
         return Start(lambda output: output)
-    if isinstance(target, np.ndarray):
+    if isinstance(target, np.ndarray) and target.dtype.kind in "biuf":
         target = torch.from_numpy(target.copy())
     if callable(target) or (isinstance(target, Tensor) and target.is_floating_point()):
         return Start(target)

@@ -10,8 +10,8 @@ from crp.attribution import CondAttribution
 from crp.concepts.base import check_is_concept
 from crp.concepts.ids import as_ids
 from crp.engine.door import check_attribution
-from crp.errors import InputError, InputTypeError
-from crp.notices import kind_of
+from crp.errors import InputError
+from crp.kinds import check_kind
 from crp.visualization.mining.targets import choose_targets
 from crp.visualization.mining.text_batches import Asked
 
@@ -20,14 +20,12 @@ def _check_asked(attribution: object, data: object, concept: object) -> None:
     """Raise a `TypeError` if these are no attribution, no tensor of samples, or no concept."""
     check_attribution(attribution)
     check_is_concept("concept", concept)
-    if not isinstance(data, Tensor):
-        raise InputTypeError(f"data must be a tensor of samples, not {kind_of(data)}")
+    check_kind("data", data, Tensor, "a tensor of samples")
 
 
 def _check_found(found: object, kind: type) -> None:
     """Raise a `TypeError` if this is no result of a kind, whose function has its name."""
-    if not isinstance(found, kind):
-        raise InputTypeError(f"found must be what {kind.__name__.lower()}(table, ...) gives, not {kind_of(found)}")
+    check_kind("found", found, kind, f"what {kind.__name__.lower()}(table, ...) gives")
 
 
 def _one_for_each(values: Any, n_samples: int, what: str) -> list[int]:

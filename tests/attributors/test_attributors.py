@@ -3,6 +3,7 @@
 import functools
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import zennit.attribution
@@ -223,6 +224,12 @@ def test_composite_stays_on_the_model_inside_of_the_context(untouched):
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("composite", [None, composites.EpsilonPlus()])
+def test_arrays_of_words_start_nothing(composite):
+    with pytest.raises(TypeError, match="target must be a class, a list or tensor of classes"):
+        Gradient(gap_net(), composite)(images(), np.array(["a", "b", "c"], object))
 
 
 @pytest.mark.parametrize("composite", [None, composites.EpsilonPlus()])
