@@ -23,7 +23,7 @@ from crp.engine.cuda_graphs import GraphRecorder
 from crp.engine.kernel_calls import CallRecorder
 from crp.engine.model_state import State
 from crp.engine.names_read import NamesRead
-from crp.engine.recordings import NotReplayableError, Recorder, Recording, Run, Tensors, some
+from crp.engine.recordings import Recorder, Recording, Run, Tensors, some
 from crp.layers.devices import recording
 
 #: Recordings that are kept.
@@ -243,8 +243,8 @@ def _record(entry: _Entry, recorder: Recorder, prepared: Computation, inputs: Ma
             with recording(), names:
                 entry.recording = recorder.record(prepared.compute, inputs)
             entry.names = names
-            if not entry.stands_for(prepared.reads):
-                raise NotReplayableError("it keeps something, as a replay would not")
+            if not entry.stands_for(prepared.reads):  # (it keeps something, as a replay would not)
+                entry.drop(for_good=True)
     except Exception:
         # Reading a value, a lack of memory, a warning for the user: the computation itself says what there is to say,
         # whenever it is asked for.
