@@ -27,7 +27,6 @@ INSIDE = {
     "crp.concepts.ids: TypeError",
     "crp.engine.kernel_calls: NotReplayableError",
     "crp.engine.names_read: NotReplayableError",
-    "crp.engine.replay: NotReplayableError",
     "crp.visualization.mining.units: NotFiniteError",
     "crp.visualization.without: _NoRowsError",
 }
