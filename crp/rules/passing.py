@@ -16,7 +16,7 @@ from crp.layers.nested import changed, tensors_in
 from crp.rules.functions import _arguments_of
 from crp.rules.notes import BORN, NONNEGATIVE, Born, Copied, Notes
 from crp.rules.operands import Operands
-from crp.rules.operation import Operation, _scaling
+from crp.rules.operation import Operation, _on_a_copy, _scaling
 
 #: Functions by which a router chooses experts.
 _CHOOSING = frozenset(("gather", "kthvalue", "take_along_dim", "topk"))
@@ -171,6 +171,8 @@ _IN_PLACE_OF_THE_INPUT = frozenset(
     """add sub rsub mul div neg positive dropout dropout1d dropout2d dropout3d alpha_dropout
     feature_alpha_dropout""".split()  # noqa: SIM905
 )
+#: Functions that put constants in the place of some entries.
+_FILLING = frozenset(("masked_fill", "where"))
 #: Functions that return several tensors.
 _SEVERAL = frozenset(
     "chunk dsplit hsplit split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split vsplit".split()  # noqa: SIM905
@@ -188,7 +190,7 @@ def _copied(op: Operation, notes: Notes) -> Copied | list[Copied] | None:
         return Copied(below, partial(_set_again, op))
     if op.known is _scaling:
         return Copied(below, partial(_run_on, op, constant=torch.ones_like))
-    if not op.known.has("copies") or op.overwrites:
+    if op.known.canonical not in _FILLING and (not op.known.has("copies") or op.overwrites):
         return None
     again = partial(_run_on, op)
     if op.known.has("constant"):  # beside copies, which count as no input
@@ -199,10 +201,14 @@ def _copied(op: Operation, notes: Notes) -> Copied | list[Copied] | None:
 
 
 def _spread(op: Operation, below: list[Copied]) -> Copied:
-    """How an operation copies its only input, whose entries broadcast to the other operands."""
-    shapes = (tensor.shape for tensor in tensors_in((op.args, op.kwargs)))
+    """How an operation copies its only input, whose entries broadcast to the other operands; what is times 0 is none."""
+    others = [tensor for tensor in tensors_in((op.args, op.kwargs)) if not op.depends(tensor)]
+    if others and op.known.canonical == "mul":
+        is_kept = others[0] != 0
+        return Copied(below, lambda other: other * is_kept)
+    shapes = [op.inputs[0].shape, *(tensor.shape for tensor in others)]
     shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-    return Copied(below) if shape == op.inputs[0].shape else Copied(below, lambda other: other.expand(shape))
+    return Copied(below) if shape == shapes[0] else Copied(below, lambda other: other.expand(shape))
 
 
 def _run_on(op: Operation, *others: Tensor, constant: Callable[[Tensor], Tensor] = torch.zeros_like) -> Any:
@@ -215,7 +221,7 @@ def _run_on(op: Operation, *others: Tensor, constant: Callable[[Tensor], Tensor]
         return constant(tensor) if tensor.is_floating_point() else tensor
 
     args, kwargs = changed((op.args, op.kwargs), other_than)
-    return op.function(*args, **kwargs)
+    return (_on_a_copy(op.function) if op.overwrites else op.function)(*args, **kwargs)
 
 
 def _set_again(op: Operation, *others: Tensor) -> Tensor:

@@ -98,6 +98,11 @@ COPIES = {
     "cat_flipped": lambda x: torch.cat([x, x.flip(1)], 2),
     "cat_constant": lambda x: torch.cat([x, torch.linspace(-1, 1, 4, dtype=x.dtype).expand(len(x), 1, 4, 4)], 1),
     "cat_zeros": lambda x: torch.cat((x, torch.zeros_like(x)), dim=2),
+    "where": lambda x: torch.where(MASK, x, 0.0),
+    "where_constant": lambda x: torch.where(MASK, x, 0.3),
+    "masked_fill": lambda x: x.masked_fill(MASK, 0.0),
+    "masked_fill_": lambda x: changed(x, lambda y: y.masked_fill_(MASK, 0.3)),
+    "times_a_mask": lambda x: x * MASK,
     "token": lambda x: torch.cat([x.new_full((len(x), 1, 8), 0.5), windows(x)], 1),
 }
 
@@ -106,11 +111,7 @@ COPIES = {
 ELSE = {
     "interpolate": lambda x: F.interpolate(x, scale_factor=2),
     "upsample": nn.Upsample(scale_factor=2),
-    "where": lambda x: torch.where(MASK, x, 0.0),
-    "where_constant": lambda x: torch.where(MASK, x, 0.3),
-    "masked_fill": lambda x: x.masked_fill(MASK, 0.0),
     "triu": lambda x: x.triu(),
-    "masked_fill_": lambda x: changed(x, lambda y: y.masked_fill_(MASK, 0.3)),
     "canvas_copy": lambda x: filled(x, lambda y: y[..., 1:5, 1:5].copy_(x)),
     "canvas_index": lambda x: filled(x, lambda y: y.index_copy_(2, torch.tensor([5, 2, 0, 1]), F.pad(x, (1, 1)))),
 }

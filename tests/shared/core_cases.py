@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from crp.attribution import CondAttribution
 from crp.composites import Composite, EpsilonPlus
+from crp.composites.base import LayerMap
 
 
 class Net(nn.Module):
@@ -87,9 +88,9 @@ def images(n: int = 2, size: int = 6) -> Tensor:
     return torch.randn(n, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-def exact() -> EpsilonPlus:
+def exact(layer_map: LayerMap = ()) -> EpsilonPlus:
     """Conserves relevance to the last digits."""
-    return EpsilonPlus(epsilon=1e-14, stabilizer=1e-14, empty="epsilon", zero_params="bias")
+    return EpsilonPlus(epsilon=1e-14, stabilizer=1e-14, empty="epsilon", zero_params="bias", layer_map=layer_map)
 
 
 class Maps(CondAttribution):
