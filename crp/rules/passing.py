@@ -201,7 +201,7 @@ def _copied(op: Operation, notes: Notes) -> Copied | list[Copied] | None:
 
 
 def _spread(op: Operation, below: list[Copied]) -> Copied:
-    """How an operation copies its only input, whose entries broadcast to the other operands; what is times 0 is none."""
+    """How an operation copies its only input, whose entries broadcast to the others; what is times 0 is none."""
     others = [tensor for tensor in tensors_in((op.args, op.kwargs)) if not op.depends(tensor)]
     if others and op.known.canonical == "mul":
         is_kept = others[0] != 0
