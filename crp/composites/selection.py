@@ -247,8 +247,12 @@ class MapEntry:
 
 
 def _lifted(rule: Hook | None) -> Rule | None:
-    """Rule in which multipliers travel; None is the ordinary chain rule."""
-    return None if rule is None else lift(rule)
+    """Rule in which multipliers travel, with settings that stay; None is the ordinary chain rule."""
+    if rule is None:
+        return None
+    lifted = lift(rule)
+    lifted.fix()
+    return lifted
 
 
 def _entries_of(

@@ -358,8 +358,8 @@ class Rule(_Stabilized, Hook):  # type: ignore[misc]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.settings)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # The state of hooks belongs to one registration; only settings are copied.
-        return {k: v for k, v in vars(self).items() if k not in ("stored_tensors", "tensor_handles", "attachment")}
+        left_out = "stored_tensors", "tensor_handles", "attachment", "_is_fixed"  # (of one registration or composite)
+        return {k: v for k, v in vars(self).items() if k not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Hook.__init__(self)

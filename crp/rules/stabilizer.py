@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from crp.errors import InputError, InputTypeError
+from crp.errors import InputError, InputTypeError, StateError
 from crp.flags import check_flags
 from crp.rules.fused import fused_quotient
 
@@ -81,15 +82,27 @@ def stabilizing(value: object, norm_scale: bool = False, name: str = "stabilizer
 
 
 class _Stabilized:
-    """Base of rules: what stabilizes is made of the settings that a rule is shown with, also once these are changed."""
+    """Base of rules: what stabilizes is made of the settings that a rule is shown with, which a composite fixes."""
 
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer",)  #: attributes that `__repr__` shows
     stabilizer: Stabilize
+    _is_fixed = False
 
     @cached_property
     def _stabilize(self) -> Callable[[Tensor], Tensor]:
         return stabilizing(self.stabilizer)
 
+    def fix(self) -> None:
+        """Refuse other settings from now on: a composite works with those, and is told by those, that it got."""
+        self.__dict__["_is_fixed"] = True
+        for name in self.settings:
+            if isinstance(inner := getattr(self, name, None), _Stabilized):
+                inner.fix()
+
     def __setattr__(self, name: str, value: object) -> None:
+        if self._is_fixed and name in self.settings:
+            kind = type(self).__name__
+            raise StateError(f"{name} of this {kind} cannot change, as a composite was built with it; make another one")
         super().__setattr__(name, value)
         self.__dict__.pop("_stabilize", None)
 

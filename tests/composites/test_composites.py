@@ -21,7 +21,7 @@ from crp.attributors.explaining import find_method
 from crp.canonizers import MergeBatchNorm
 from crp.composites import Composite, DeepTaylor, EpsilonGammaBox, EpsilonPlus, EpsilonPlusFlat, get, register
 from crp.errors import StateError, UnseenError
-from crp.rules import LRP0, Epsilon, Flat, Gamma, ZBox, ZPlus
+from crp.rules import LRP0, Epsilon, Flat, Gamma, Whole, ZBox, ZPlus
 
 #: All presets, each with an argument that is not its default.
 PRESETS = {
@@ -111,6 +111,20 @@ def test_settings_do_not_change(name):
     with pytest.raises(StateError, match=f"{name} of this DeepLift cannot change, .*; make another one"):
         setattr(composite, name, [])
     assert getattr(composite, name) is before and not isinstance(before, list)
+
+
+@pytest.mark.parametrize("wrap", [lambda rule: rule, Whole], ids=["rule", "whole"])
+def test_settings_of_rules_do_not_change_in_a_composite(wrap, mlp, vectors):
+    rule = Epsilon(0.1)
+    composite = Composite(None, layer_map=[("0", wrap(rule))])
+    before = relevance(mlp, vectors, 1, composite)
+    with pytest.raises(StateError, match=r"epsilon of this Epsilon cannot change, .*; make another one"):
+        rule.epsilon = 3.0
+    assert "epsilon=0.1" in repr(composite) and torch.equal(relevance(mlp, vectors, 1, composite), before)
+    other = rule.copy()
+    other.epsilon = 3.0
+    again = Composite(None, layer_map=[("0", wrap(other))])
+    assert "epsilon=3.0" in repr(again) and not torch.equal(relevance(mlp, vectors, 1, again), before)
 
 
 def test_tensor_bounds_survive_the_description(vgg_bn, images):

@@ -275,15 +275,6 @@ def test_another_composite_is_recorded_anew(vgg_bn: nn.Module, images: Tensor) -
     assert count(attribution) == 2
 
 
-def test_a_rule_with_another_setting_is_recorded_anew(vgg_bn: nn.Module, images: Tensor) -> None:
-    attribution, rules = replaying(vgg_bn), composites.EpsilonGammaBox(low=-4.0, high=4.0)
-    box = next(rule for _, rule in [*rules.first_map, *rules.at_input, *rules.layer_map] if hasattr(rule, "low"))
-    warmed(attribution, images, rules)
-    box.low = -8.0
-    assert_same(attribution, images, [{"y": [0]}], rules)
-    assert count(attribution) == 2
-
-
 def test_other_shapes_have_recordings_of_their_own(vgg_bn: nn.Module, images: Tensor) -> None:
     attribution, rules = replaying(vgg_bn), EpsilonPlusFlat()
     warmed(attribution, images, rules)

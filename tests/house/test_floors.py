@@ -56,7 +56,7 @@ BUDGETS = {
     "compat": 946,
     # (what a written-out activation was found to be is remembered, until something changes that it depends on;
     # errors of maps, settings and names)
-    "composites": 3963,
+    "composites": 3967,
     "concept_graph": 216,
     # (what is no relevance, and masks that return none)
     "concepts": 2045,
@@ -69,7 +69,7 @@ BUDGETS = {
     "outputs": 393,
     "metrics": 1131,
     # (a product whose gate is held; outputs that the next layer keeps anyway; surrogates that are none)
-    "rules": 8272,
+    "rules": 8285,
     # (along which axis the channels of a layer are)
     "trace": 1294,
     "types": 158,
