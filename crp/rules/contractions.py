@@ -39,14 +39,14 @@ _LATEST = 8
 class _Product(NamedTuple):
     """A product, both its factors, and the versions of all three.
 
-    It may be a quotient, which ``divides`` by the second; or a copy of one, as the output of a layer that is named.
+    It may be a quotient, which ``divides`` by the second; or a copy, as the output of a layer that is named.
     """
 
     result: weakref.ref[Tensor]
     factors: tuple[Any, Any]
     versions: tuple[int, ...]
     divides: bool = False
-    is_copied: bool = False
+    is_named: bool = False
 
 
 class _Factor(NamedTuple):
@@ -100,11 +100,12 @@ class _Products:
             versions = _versions((product, *operands))
             self._add(_Product(weakref.ref(product), (operands[0], operands[1]), versions, divides))
 
-    def add_copy(self, copy: Tensor, original: Tensor) -> None:
-        """Note a copy, through which the relevance of a named layer flows."""
+    def add_copy(self, copy: Tensor, original: Tensor, is_named: bool) -> None:
+        """Note a copy; whether it is the output of a layer that is named, through which relevance flows."""
         if (known := self._found(original)) is not None:
             versions = (copy._version, *known.versions[1:])
-            self._add(known._replace(result=weakref.ref(copy), versions=versions, is_copied=True))
+            is_named |= known.is_named
+            self._add(known._replace(result=weakref.ref(copy), versions=versions, is_named=is_named))
 
     def _add(self, product: _Product) -> None:
         there = [known for known in self._latest if known.result() is not None]
@@ -142,8 +143,8 @@ class _Products:
         """A factor, and each that it is a product of, with those beside it."""
         yield factor, []
         if (known := self._found(factor.value)) is not None:
-            left = _Factor(known.factors[0], factor.divides, known.is_copied)
-            right = _Factor(known.factors[1], factor.divides != known.divides, known.is_copied)
+            left = _Factor(known.factors[0], factor.divides, known.is_named)
+            right = _Factor(known.factors[1], factor.divides != known.divides, known.is_named)
             for one, other in ((left, right), (right, left)):
                 yield from ((inner, [*beside, other]) for inner, beside in self._within(one))
 
@@ -156,7 +157,7 @@ class _Products:
         """The call of one of `_SUMMING` as one of both factors; None if it is no product of matrices."""
         product, *rest = args or (kwargs["input"],)
         found = self._found(product)
-        is_product = found is not None and not (found.divides or found.is_copied)
+        is_product = found is not None and not (found.divides or found.is_named)
         if found is None or not is_product or not all(isinstance(factor, Tensor) for factor in found.factors):
             return None
         others = {name: value for name, value in kwargs.items() if name != "input"}

@@ -329,8 +329,8 @@ class SeeingMode(TorchFunctionMode):
             self.notes.add_choice(result)
         if op.known.canonical in _PRODUCTS and not op.overwrites:
             self.products.add(result, op.factors(), op.known.canonical == "div")
-        elif op.known.canonical == "clone" and "memory_format" in op.kwargs:
-            self.products.add_copy(result, op.inputs[0])
+        elif op.known.canonical == "clone":
+            self.products.add_copy(result, op.inputs[0], is_named="memory_format" in op.kwargs)
 
     def by_rule(self, choice: Choice, layer: Layer) -> Any:
         """Output of an operation, with the rule as its gradient."""

@@ -107,7 +107,7 @@ def _kept_by(op: Operation, kept: int, notes: Notes) -> int:
             kept &= ~NONNEGATIVE
     elif name == "pow" and _is_negative(args, kwargs):
         kept |= Born.DIVISOR
-    elif name in _SUMS and flags & Born.SQUASHED and len(inputs) > 1:
+    elif name in _SUMS and flags & Born.SQUASHED and (len(inputs) > 1 or _is_beside_zero(op)):
         kept |= Born.SQUASHED
     elif name in _SUMS and flags & (Born.SQUASHED | Born.BALANCED) and _is_beside_one(op):
         # (a gate is closed as far as another one is open)
@@ -146,6 +146,11 @@ def _bounds(op: Operation) -> tuple[float, float]:
 
 def _has_tensor(value: object) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_has_tensor, value)))
+
+
+def _is_beside_zero(op: Operation) -> bool:
+    """Whether 0 is added or subtracted, as by Python's ``sum``."""
+    return any(isinstance(value, int | float) and value == 0 for value in op.args)
 
 
 def _is_beside_one(op: Operation) -> bool:

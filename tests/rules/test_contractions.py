@@ -195,6 +195,7 @@ ORDERS = {
     "mish": (F.mish, lambda a, b: F.softplus(a).tanh() * b * a),
     "softsign": (F.softsign, lambda a, b: b * a / (1 + a.abs())),
     "square": (torch.square, lambda a, b: a * b * a),
+    "silu_of_a_copy": (F.silu, lambda a, b: (a * b).clone() * a.sigmoid()),
     "cancelled": (torch.clone, lambda a, b: (a * (c := a + b)) * (b / c)),
     "cancelled_before": (torch.clone, lambda a, b: a * (b / (c := a + b) * c)),
     "broadcast": (F.silu, lambda a, b: a * b.mean(-1, keepdim=True) * 6 * a.sigmoid()),

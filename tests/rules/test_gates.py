@@ -451,14 +451,15 @@ def test_weights_of_chosen_experts_are_held_constant(name, kind):
 
 
 @pytest.mark.parametrize("kind", [CPLRP, RelP, EpsilonPlus])
-def test_a_gate_is_one_although_it_was_moved_and_a_zero_is_added(kind):
+@pytest.mark.parametrize("of_gate", [lambda gate: gate[:, :, :], lambda gate: torch.ones_like(gate) - gate])
+def test_a_gate_that_was_moved_or_turned_is_one_where_a_zero_is_added(of_gate, kind):
     """As by ``sum(gates)``, which begins with 0."""
 
-    def net(moved):
+    def net(added):
         layers = {name: nn.Linear(6, size) for name, size in (("gate", 6), ("values", 6), ("head", 3))}
         return seeded(
-            core_cases.Net(lambda s, x: s.head(moved(s.gate(x).sigmoid()).mT @ s.values(x)).mean(1), **layers)
+            core_cases.Net(lambda s, x: s.head(added(of_gate(s.gate(x).sigmoid())).mT @ s.values(x)).mean(1), **layers)
         )
 
-    found, wanted = (net(moved) for moved in (lambda gate: sum([gate[:, :, :]]), lambda gate: gate))
+    found, wanted = (net(added) for added in (lambda gate: sum([gate]), lambda gate: gate))
     assert_same_map(found, wanted, numbers(2, 4, 6), kind())
