@@ -54,7 +54,7 @@ class Interventions(NamedTuple):
     @property
     def agreement(self) -> float:
         """Rank correlation of relevance and loss of output over the concepts, mean over samples; 1 is the best."""
-        return float(rank_correlations(*map(torch.from_numpy, (self.relevance, -self.change))).mean())
+        return float(np.mean([rank_correlation(*pair) for pair in zip(self.relevance, -self.change, strict=True)]))
 
     def save(self, table: Table | str | Path) -> Path:
         """Keep them beside a table, where ``crp report`` finds them until the table changes."""
@@ -150,3 +150,8 @@ def _read_samples(
         targets = predicted_by(fv.attribution, Asked.of(data, None)) if targets is None else targets
     classes = _one_for_each(targets, len(data), "targets")
     return np.asarray([number % len(fv.dataset) for number in given], np.int64), ids, data, classes
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Spearman's: the correlation of ranks, where equal values share theirs; 0 where one of them never varies."""
+    return float(rank_correlations(*(torch.from_numpy(values)[None] for values in (one, other))))

@@ -84,7 +84,7 @@ def stabilizing(value: object, norm_scale: bool = False, name: str = "stabilizer
 class _Stabilized:
     """Base of rules: what stabilizes is made of the settings that a rule is shown with, which a composite fixes."""
 
-    settings: ClassVar[tuple[str, ...]]
+    settings: ClassVar[tuple[str, ...]] = ("stabilizer",)  #: attributes that `__repr__` shows
     stabilizer: Stabilize
     _is_fixed = False
 

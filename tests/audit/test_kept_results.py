@@ -27,7 +27,7 @@ from crp.audit import (
     save_audit,
     search,
 )
-from crp.metrics.sanity import rank_correlations
+from crp.audit.tested import rank_correlation
 from crp.visualization.table.derived import read_kept
 from crp.visualization.table.ranking import top_k
 from crp.visualization.table.store import Table
@@ -50,7 +50,7 @@ def fv(tmp_path_factory):
     ids=["same order", "reversed", "ties", "constant"],
 )
 def test_rank_correlation(first, second, wanted):
-    assert rank_correlations(torch.tensor([first]), torch.tensor([second])).item() == pytest.approx(wanted)
+    assert rank_correlation(np.array(first), np.array(second)) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("background", [None, [1.0, 1, 0, 0, 1]], ids=["plain", "background"])

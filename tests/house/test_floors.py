@@ -50,7 +50,7 @@ BUDGETS = {
     # (targets at positions of a text, maps of tokens; how relevance flows between concepts; what is no method)
     "attributors": 3314,
     # (interventions and contexts of texts; of one call, and of what a layer is called with)
-    "audit": 2697,
+    "audit": 2702,
     "canonizers": 866,
     "commands": 2462,
     "compat": 946,
